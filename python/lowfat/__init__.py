@@ -1,0 +1,1 @@
+"""lowfat: low-rank and factorized transformers."""
