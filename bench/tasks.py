@@ -1,0 +1,300 @@
+"""Derives three real language tasks from a Debian 12 machine: `python bench/tasks.py [OUT] [--tasks sections,pairs,lm]`.
+
+    sections   package synopsis -> one of 22 archive sections         OUT/sections/{train,validation,test}.jsonl
+    pairs      synopsis, description -> does it belong?               OUT/pairs/...
+    lm         man pages, manuals and dictionaries as running text    OUT/lm/... and lm/tokenizer.json (see corpus.py)
+
+Nothing is downloaded. `sections` and `pairs` read apt's lists of bookworm/main, the part of the archive that hardly moves;
+container images leave the English descriptions out, so run `apt-get -o Acquire::Languages=en update` first. The texts are
+under their packages' own licences: derive them, do not ship them. The same lists always give the same bytes, and the SHA-256
+of what came out is compared with the one that published numbers were measured on.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+SPLITS = ("train", "validation", "test")
+SUITE = "bookworm"
+SALT = "v1"  # of every hash below: another salt is another split
+LARGEST_CLASS = 3000  # sections: examples a class may have
+DESCRIPTION_WORDS = 32  # pairs: words kept of a description
+FEWEST_WORDS = 12  # pairs: shorter descriptions say too little
+
+# What the published numbers were measured on.
+SHA256 = {
+    "sections/train.jsonl": "dacb41e51f873120a684cce342a0d755e4ed39fbb3c1e99d51225ea78f8aece9",
+    "sections/validation.jsonl": "b3499caa4837dbd5759000fbd331cf1bebbc3d8dc7986e41ad6cacfcdc424c61",
+    "sections/test.jsonl": "130fd7d6759e16fc8b832c0cde0f916564135d29d14ab591ccf019079072ec49",
+    "pairs/train.jsonl": "6cea4d873395a33a2b75f0c90a3fd83e876cf1cba10c67e08a533168385a6845",
+    "pairs/validation.jsonl": "9b54cd9c26163289531e277bd566f492f15e198f34282a7bc1a963bbbe2601a5",
+    "pairs/test.jsonl": "4ad26a9bf465ea9c959ac250acadb6f1db401cbc6d74292de786a6000fd923e1",
+}
+
+# Sections that say how a package is built or used up by apt, not what it is about (debug, oldlibs, misc...), are left out.
+CLASSES = {
+    "admin": "admin kernel shells",
+    "desktop": "x11 gnome kde xfce gnustep",
+    "devel": "devel vcs embedded interpreters cli-mono",
+    "doc": "doc",
+    "fonts": "fonts",
+    "functional": "haskell ocaml lisp",
+    "games": "games education",
+    "golang": "golang",
+    "graphics": "graphics",
+    "java": "java",
+    "libs": "libs libdevel",
+    "multimedia": "sound video",
+    "net": "net comm mail news",
+    "perl": "perl",
+    "python": "python",
+    "r": "gnu-r",
+    "ruby": "ruby",
+    "rust": "rust",
+    "science": "science math electronics hamradio",
+    "text": "text tex editors",
+    "utils": "utils database",
+    "web": "web httpd javascript php",
+}
+CLASS_OF = {section: name for name, sections in CLASSES.items() for section in sections.split()}
+LABELS = sorted(CLASSES)
+
+
+class Missing(Exception):
+    """A source that is not on this machine; the text says what to run."""
+
+
+class Package(NamedTuple):
+    name: str
+    source: str
+    section: str
+    synopsis: str
+    description: str  # as it stands in the list, or empty
+
+
+# ------------------------------------------------------------------------------------------------ hashes and files
+def stable_hash(salt: str, key: str) -> int:
+    """60 bits that do not change from run to run, as Python's own hash does."""
+    return int(hashlib.sha256(f"{salt}\0{key}".encode()).hexdigest()[:15], 16)
+
+
+def split_of(source: str) -> str:
+    """80 / 10 / 10 by the source package: binary packages of one source have nearly the same text."""
+    percent = stable_hash(SALT, source) % 100
+    return "train" if percent < 80 else "validation" if percent < 90 else "test"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    staged = path.with_name(path.name + ".tmp")
+    with open(staged, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+    os.replace(staged, path)
+
+
+def write_splits(folder: Path, rows: dict[str, list[dict]]) -> None:
+    """Each split in hash order, so that the first N lines of a file are a random sample of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        write_rows(folder / f"{split}.jsonl", sorted(rows[split], key=lambda row: stable_hash(SALT + "order", row["id"])))
+
+
+# ------------------------------------------------------------------------------------------------ apt's lists
+def read_list(lists: Path, tail: str) -> str:
+    """The text of the one list of bookworm/main that ends in `tail`, plain or compressed."""
+    names = re.compile(rf".*_dists_{SUITE}_main_{tail}(\.lz4|\.gz|\.xz|\.bz2|\.zst)?")
+    found = sorted(path for path in lists.glob("*") if names.fullmatch(path.name))
+    if not found:
+        raise Missing(f"no '{tail}' list of {SUITE}/main in {lists}: run  apt-get -o Acquire::Languages=en update  as root")
+    if not names.fullmatch(found[0].name)[1]:
+        return found[0].read_text(encoding="utf-8", errors="replace")
+    unpacked = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", found[0]], check=True, stdout=subprocess.PIPE)
+    return unpacked.stdout.decode("utf-8", errors="replace")
+
+
+def stanzas(text: str) -> Iterator[dict[str, str]]:
+    """The fields of each paragraph; a continuation line keeps its newline."""
+    for block in text.split("\n\n"):
+        fields: dict[str, str] = {}
+        name = ""
+        for line in block.split("\n"):
+            if line[:1] in (" ", "\t"):
+                if name:
+                    fields[name] += "\n" + line
+            elif ":" in line:
+                name, value = line.split(":", 1)
+                fields[name] = value.strip()
+        if fields:
+            yield fields
+
+
+def architecture() -> str:
+    try:
+        return subprocess.run(["dpkg", "--print-architecture"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    except OSError:
+        return "amd64"
+
+
+def read_packages(lists: Path, *, descriptions: bool) -> list[Package]:
+    """Every package of the archive that has a synopsis, by name; long descriptions only where asked for (they take 2 s)."""
+    long_of = {}
+    if descriptions:
+        for fields in stanzas(read_list(lists, "i18n_Translation-en")):
+            if "Description-md5" in fields:
+                long_of[fields["Description-md5"]] = fields.get("Description-en", "")
+    packages: dict[str, Package] = {}
+    for fields in stanzas(read_list(lists, f"binary-{architecture()}_Packages")):
+        name, own = fields.get("Package", ""), fields.get("Description", "")
+        synopsis = own.split("\n", 1)[0].strip()
+        if not name or not synopsis or name in packages:
+            continue
+        source = fields.get("Source", name).split(" ")[0]
+        section = fields.get("Section", "").rsplit("/", 1)[-1]
+        long = long_of.get(fields.get("Description-md5", ""), own if "\n" in own else "")
+        packages[name] = Package(name, source, section, synopsis, long)
+    return [packages[name] for name in sorted(packages)]
+
+
+# ------------------------------------------------------------------------------------------------ sections
+def make_sections(out: Path, lists: Path) -> None:
+    by_class, seen = defaultdict(list), set()
+    for package in read_packages(lists, descriptions=False):
+        key = (package.source, package.synopsis)
+        if package.section in CLASS_OF and key not in seen:
+            seen.add(key)
+            by_class[CLASS_OF[package.section]].append(package)
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    for label, packages in by_class.items():
+        # in the order of the sources' hashes, so that the cap takes whole sources
+        packages.sort(key=lambda p: (stable_hash(SALT + "cap", p.source), p.source, p.name, p.synopsis))
+        for package in packages[:LARGEST_CLASS]:
+            row = {"id": package.name, "text": package.synopsis, "label": LABELS.index(label)}
+            rows[split_of(package.source)].append(row)
+    trained_on = {row["text"].lower() for row in rows["train"]}
+    for split in ("validation", "test"):
+        rows[split] = [row for row in rows[split] if row["text"].lower() not in trained_on]
+    write_splits(out / "sections", rows)
+    (out / "sections" / "labels.json").write_text(json.dumps(LABELS) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+WORD = re.compile(r"[a-z0-9][a-z0-9+#.-]*[a-z0-9+#]|[a-z0-9]")
+FREQUENT = 300  # a word of more descriptions than this says nothing about likeness, and costs the most to count
+
+
+def first_words(description: str) -> str:
+    """The start of a long description as running text; its first line is the synopsis, a lone dot an empty line."""
+    lines = [line.strip() for line in description.split("\n")[1:]]
+    return " ".join(" ".join(line for line in lines if line != ".").split()[:DESCRIPTION_WORDS])
+
+
+def couples(packages: list[tuple[str, str, str]]) -> Iterator[tuple[tuple[str, str, str], tuple[str, str, str]]]:
+    """Couples each (name, synopsis, description) with its most similar free one, by words weighted by their rarity."""
+    packages = sorted(packages, key=lambda p: stable_hash(SALT + "match", p[0]))
+    bags = [sorted(set(WORD.findall(f"{synopsis} {text}".lower()))) for _, synopsis, text in packages]
+    frequency = Counter(word for bag in bags for word in bag)
+    weight = {word: math.log(len(packages) / count) for word, count in frequency.items()}
+    norm = [math.sqrt(sum(weight[word] ** 2 for word in bag)) or 1.0 for bag in bags]
+    holders = defaultdict(list)
+    for i, bag in enumerate(bags):
+        for word in bag:
+            if frequency[word] <= FREQUENT:
+                holders[word].append(i)
+    free = set(range(len(packages)))
+    for i in range(len(packages)):
+        if i not in free:
+            continue
+        free.discard(i)
+        score: dict[int, float] = defaultdict(float)
+        for word in bags[i]:
+            for j in holders.get(word, ()):
+                if j in free:
+                    score[j] += weight[word] ** 2
+        if not free:
+            break
+        # rounded, so that the last bit of a sum does not decide between equals
+        partner = min(score, key=lambda j: (-round(score[j] / norm[j], 9), j)) if score else min(free)
+        free.discard(partner)
+        yield packages[i], packages[partner]
+
+
+def make_pairs(out: Path, lists: Path) -> None:
+    groups, sources, texts = defaultdict(list), set(), set()
+    for package in read_packages(lists, descriptions=True):
+        text = first_words(package.description)
+        if package.section not in CLASS_OF or package.source in sources or len(text.split()) < FEWEST_WORDS:
+            continue
+        if package.synopsis.lower() in texts or text.lower() in texts:
+            continue
+        sources.add(package.source)
+        texts.update((package.synopsis.lower(), text.lower()))
+        groups[split_of(package.source), CLASS_OF[package.section]].append((package.name, package.synopsis, text))
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    for (split, _), packages in sorted(groups.items()):
+        for (name_a, a, text_a), (name_b, b, text_b) in couples(packages):
+            # Half of the couples keep their descriptions (two matches), half swap them (two hard negatives): every text
+            # occurs once, so neither side alone gives the label away.
+            if stable_hash(SALT + "swap", f"{name_a}/{name_b}") % 2:
+                made = [(name_a, a, text_a, 1), (name_b, b, text_b, 1)]
+            else:
+                made = [(f"{name_a}+{name_b}", a, text_b, 0), (f"{name_b}+{name_a}", b, text_a, 0)]
+            rows[split] += [{"id": i, "text_a": x, "text_b": y, "label": label} for i, x, y, label in made]
+    write_splits(out / "pairs", rows)
+    (out / "pairs" / "labels.json").write_text(json.dumps(["no match", "match"]) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def differing(out: Path, task: str) -> dict[str, str]:
+    """{file: what was found} for the files of a task that are not the ones of the published numbers."""
+    names = [name for name in SHA256 if name.startswith(f"{task}/")]
+    found = {name: sha256(out / name) if (out / name).exists() else "missing" for name in names}
+    return {name: digest for name, digest in found.items() if digest != SHA256[name]}
+
+
+def derive(out: Path, task: str, *, lists: Path, debs: Path | None = None) -> dict[str, str]:
+    """Writes one task into `out` unless it is there already; returns the files that differ from the published ones."""
+    if not differing(out, task):
+        return {}
+    if task == "sections":
+        make_sections(out, lists)
+    elif task == "pairs":
+        make_pairs(out, lists)
+    return differing(out, task)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default=Path(__file__).parent / "data")
+    parser.add_argument("--tasks", default="sections,pairs")
+    parser.add_argument("--apt-lists", type=Path, default=Path("/var/lib/apt/lists"))
+    options = parser.parse_args()
+    status = 0
+    for task in options.tasks.split(","):
+        try:
+            different = derive(options.out, task, lists=options.apt_lists)
+        except Missing as missing:
+            print(f"tasks: {missing}", file=sys.stderr)
+            return 2
+        for name, digest in different.items():
+            status = 1
+            print(f"{name}: {digest[:16]}, published numbers were measured on {SHA256[name][:16]}", file=sys.stderr)
+        print(f"{task}: {'DIFFERS from the published data: the archive moved on' if different else 'as published'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
