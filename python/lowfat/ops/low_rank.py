@@ -1,0 +1,91 @@
+"""y = (x v^T) u^T + bias, the rank-r middle h rounded once.   x [..., k]   v [r, k]   u [n, r]   bias [n]   y [..., n]"""
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..errors import DeviceError, DtypeError, LowfatError, ShapeError
+from ._library import autocast, below_autograd, define, differentiable, in_transform
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> None:
+    """Raise the error that names what is wrong with these arguments, if anything is."""
+    tensors = {"x": x, "v": v, "u": u} | ({} if bias is None else {"bias": bias})
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise DtypeError(f"low_rank: {name} must be a tensor, found {type(t).__name__}")
+    for name, t in tensors.items():
+        if t.device != x.device:
+            raise DeviceError(f"low_rank: {name} is on {t.device}, x is on {x.device}; all must be on one device")
+        if t.dtype != x.dtype:
+            raise DtypeError(f"low_rank: {name} has {t.dtype}, x has {x.dtype}; all must have one dtype (or use autocast)")
+    if x.dtype not in DTYPES:
+        raise DtypeError(f"low_rank: x has {x.dtype}, must be float64, float32, float16 or bfloat16")
+    if x.dim() < 1:
+        raise ShapeError("low_rank: x has no dimensions, must be [..., k]")
+    if v.dim() != 2 or u.dim() != 2:
+        raise ShapeError(f"low_rank: v {list(v.shape)} must be [r, k] and u {list(u.shape)} must be [n, r]")
+    if x.shape[-1] != v.shape[1]:
+        raise ShapeError(f"low_rank: x has {x.shape[-1]} features, v has {v.shape[1]} (x {list(x.shape)}, v {list(v.shape)})")
+    if u.shape[1] != v.shape[0]:
+        raise ShapeError(f"low_rank: u has rank {u.shape[1]}, v has rank {v.shape[0]} (u {list(u.shape)}, v {list(v.shape)})")
+    if bias is not None and bias.shape != u.shape[:1]:
+        raise ShapeError(f"low_rank: bias {list(bias.shape)} must be [{u.shape[0]}], the rows of u {list(u.shape)}")
+
+
+def reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+    return reference_training(x, v, u, bias)[0]
+
+
+def reference_training(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check(x, v, u, bias)
+    h = linear(x.contiguous(), v.contiguous())  # contiguous: the same bits for every layout of the same values
+    return linear(h, u.contiguous(), bias), h
+
+
+def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, u: Tensor, needs: int):
+    """Bit i of needs: gradient i of (dx, dv, du, db) is wanted, else it comes back empty."""
+    m, (n, r), k = prod(x.shape[:-1]), u.shape, v.shape[1]
+    dy, rows = dy.reshape(m, n), x.reshape(m, k)
+    dx = dv = du = db = None
+    if needs & 0b0011:
+        dh = dy @ u  # [m, r]
+        dx = (dh @ v).reshape(x.shape) if needs & 0b0001 else None
+        dv = dh.mT @ rows if needs & 0b0010 else None
+    if needs & 0b0100:
+        du = dy.mT @ (linear(rows, v) if h is None else h.reshape(m, r))
+    if needs & 0b1000:
+        db = dy.sum(0)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (dx, dv, du, db))
+
+
+_forward = define("low_rank(Tensor x, Tensor v, Tensor u, Tensor? bias=None) -> Tensor", reference)
+_training = define("low_rank_training(Tensor x, Tensor v, Tensor u, Tensor? bias=None) -> (Tensor y, Tensor h)",
+                   reference_training)
+_backward = define("low_rank_backward(Tensor dy, Tensor x, Tensor? h, Tensor v, Tensor u, int needs)"
+                   " -> (Tensor dx, Tensor dv, Tensor du, Tensor db)", reference_backward, casts=False)
+_recorded = differentiable(_forward, _training, _backward, reference=reference_training, read=3)
+
+
+def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a rank-r weight u v, never forming it.   x [..., k]   v [r, k]   u [n, r]   bias [n]   returns [..., n]
+
+    Raises ShapeError, DtypeError or DeviceError, naming the argument. Second derivatives raise UnsupportedError."""
+    if torch.compiler.is_compiling():
+        return _forward(x, v, u, bias)
+    try:  # the ops check their arguments: asking what was wrong only when they refuse saves a third of a small call
+        if in_transform():
+            return reference(x, v, u, bias)
+        if not torch.is_grad_enabled():
+            return below_autograd(_forward, x.contiguous(), v.contiguous(), u.contiguous(), bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x, v, u, bias = autocast(x.device.type, x, v, u, bias)
+        return _recorded(x.contiguous(), v.contiguous(), u.contiguous(), bias)
+    except LowfatError:
+        raise
+    except (RuntimeError, TypeError, AttributeError):
+        check(x, v, u, bias)
+        raise
