@@ -45,3 +45,7 @@ class IntegrityError(LowfatError, ValueError):
 
 class CompatibilityError(LowfatError, RuntimeError, ImportError):
     """Versions that do not work together."""
+
+
+class StorageError(LowfatError, OSError):
+    """A disk that fails while writing: full, gone, read-only. What was there before is unchanged."""
