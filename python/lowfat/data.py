@@ -1,0 +1,170 @@
+"""Rows of text from a file, and the tokenized batches that calibration, training and evaluation share."""
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .errors import ArgumentError, FormatError
+
+MAX_LENGTH = 128  # tokens; the default of everything that tokenizes
+TASKS = ("classification", "lm", "embedding")
+IGNORED = -100  # label of padding, as torch and transformers have it
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a .jsonl file ({"text"} or {"text_a", "text_b"}, "label" optional), or of a .txt file with one text a line.
+
+    FormatError names file and line; ArgumentError: no such file, unknown suffix, no rows."""
+    path = Path(path)
+    if not path.is_file():
+        raise ArgumentError(f"{path}: no such file")
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ArgumentError(f"{path}: unknown kind {path.suffix!r}; needs .jsonl (an object a line) or .txt (a text a line)")
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append({"text": line.strip()} if path.suffix == ".txt" else _row(line, f"{path}:{number}"))
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not rows:
+        raise ArgumentError(f"{path}: no rows")
+    return rows
+
+
+def _row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    keys = ("text_a", "text_b") if isinstance(row, dict) and "text" not in row else ("text",)
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+        raise FormatError(f'{where}: needs {{"text": ...}} or {{"text_a": ..., "text_b": ...}} with strings')
+    label = row.get("label")
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
+        raise FormatError(f"{where}: label is {label!r}; needs a whole number or a string")
+    return row
+
+
+def task_of(model) -> str:
+    """"classification", "lm" or "embedding", from the class of a model or the architectures of its config."""
+    config = getattr(model, "config", model)
+    names = (getattr(config, "architectures", None) or []) if model is config else [type(model).__name__]
+    for name in names:
+        if "ForSequenceClassification" in name:
+            return "classification"
+        if "ForCausalLM" in name or "LMHead" in name:
+            return "lm"
+    return "embedding"
+
+
+def label_ids(rows: Sequence[Mapping], label2id: Mapping[str, int] | None = None) -> tuple[list[int], dict[str, int]]:
+    """(label of every row as a number, the names used for it).
+
+    Strings go through label2id where it knows them, else through the sorted names that occur (as many as label2id has).
+    ArgumentError: a row without label, a number out of range, mixed kinds, names that cannot be mapped."""
+    labels = [row.get("label") for row in rows]
+    if None in labels:
+        raise ArgumentError(f'row {labels.index(None) + 1} has no "label"; classification needs one in every row')
+    names = dict(label2id or {})
+    strings = {label for label in labels if isinstance(label, str)}
+    if not strings:
+        for number, label in enumerate(labels, 1):
+            if label < 0 or (names and label >= len(names)):
+                raise ArgumentError(f"row {number} has label {label}; the model knows 0 to {len(names) - 1}")
+        return labels, names
+    if len(strings) < len(set(labels)):
+        raise ArgumentError("label: some rows have numbers and some have strings; needs one kind")
+    if not strings <= names.keys():
+        unnamed = all(name.startswith("LABEL_") for name in names)  # what transformers fills in when nobody said
+        if not unnamed or (names and len(names) != len(strings)):
+            unknown = sorted(strings - names.keys())[:3]
+            raise ArgumentError(f"label: the rows have {len(strings)} names, such as {unknown}; "
+                                f"the model has {len(names)}: {sorted(names)[:5]}")
+        names = {name: number for number, name in enumerate(sorted(strings))}
+    return [names[label] for label in labels], names
+
+
+def examples(rows: Sequence[Mapping], tokenizer, task: str, *, max_length: int = MAX_LENGTH, labels: bool = True,
+             label2id: Mapping[str, int] | None = None) -> list[dict]:
+    """Rows as lists of token ids, not padded yet: input_ids, token_type_ids where the tokenizer has them, labels.
+
+    Classification: one per row. Embedding: one per text, text_b after its text_a. lm: the texts joined by the end token and
+    cut in pieces of max_length, so that no token is dropped or seen twice."""
+    if task not in TASKS:
+        raise ArgumentError(f"task is {task!r}; needs one of {', '.join(TASKS)}")
+    if max_length < 2:
+        raise ArgumentError(f"max_length is {max_length}; needs at least 2")
+    if not rows:
+        raise ArgumentError("no rows of text")
+    if task == "lm":
+        return _pieces(rows, tokenizer, max_length, labels)
+    if task == "embedding":
+        texts = [row[key] for row in rows for key in ("text", "text_a", "text_b") if key in row]
+        return _tokens(tokenizer, texts, None, max_length)
+    if len({"text" in row for row in rows}) > 1:
+        raise ArgumentError('some rows have "text" and some have "text_a" and "text_b"; needs one kind')
+    first, second = ("text", None) if "text" in rows[0] else ("text_a", "text_b")
+    found = _tokens(tokenizer, [row[first] for row in rows], second and [row[second] for row in rows], max_length)
+    if labels:
+        for example, label in zip(found, label_ids(rows, label2id)[0]):
+            example["labels"] = label
+    return found
+
+
+def _tokens(tokenizer, texts: list[str], pairs: list[str] | None, max_length: int) -> list[dict]:
+    fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    kept = [name for name in ("input_ids", "token_type_ids") if name in fields]
+    return [dict(zip(kept, values)) for values in zip(*(fields[name] for name in kept))]
+
+
+def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
+    if any("text" not in row for row in rows):
+        raise ArgumentError('lm needs rows with "text"')
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = []
+    for text in tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]:
+        ids += text + end
+    cut = [ids[start:start + max_length] for start in range(0, len(ids), max_length)]
+    return [{"input_ids": piece, "labels": piece} if labels else {"input_ids": piece} for piece in cut]
+
+
+def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.Tensor]:
+    """One batch, padded on the right: input_ids, attention_mask [b, t], labels [b] or, for lm, [b, t].
+
+    lm labels repeat input_ids, not shifted: the models and our losses shift them by themselves."""
+    length = max(len(example["input_ids"]) for example in found)
+    fill = {"input_ids": _pad_id(tokenizer), "labels": IGNORED}
+
+    def column(name):
+        values = [example[name] for example in found]
+        if isinstance(values[0], int):
+            return torch.tensor(values, device=device)
+        return torch.tensor([value + [fill.get(name, 0)] * (length - len(value)) for value in values], device=device)
+
+    lengths = torch.tensor([len(example["input_ids"]) for example in found])
+    mask = (torch.arange(length) < lengths[:, None]).long().to(device)
+    return {"attention_mask": mask} | {name: column(name) for name in found[0]}
+
+
+def _pad_id(tokenizer) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0  # masked anyway
+
+
+def batches(rows: Sequence[Mapping], tokenizer, task: str, *, batch_size: int = 32, max_length: int = MAX_LENGTH,
+            labels: bool = True, label2id: Mapping[str, int] | None = None, device=None) -> list[dict[str, torch.Tensor]]:
+    """Tokenized, padded batches of the rows in their order, ready for model(**batch)."""
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size is {batch_size}; needs at least 1")
+    found = examples(rows, tokenizer, task, max_length=max_length, labels=labels, label2id=label2id)
+    return [padded(part, tokenizer, device) for part in parts(found, batch_size)]
+
+
+def parts(items: Sequence, size: int) -> Iterable[Sequence]:
+    """Slices of at most size items, in order."""
+    return (items[start:start + size] for start in range(0, len(items), size))

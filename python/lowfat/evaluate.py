@@ -1,0 +1,115 @@
+"""What a model is worth on data: accuracy, perplexity, or how well it finds the other half of a pair."""
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from .data import IGNORED, MAX_LENGTH, batches, examples, padded, parts, task_of
+from .errors import ArgumentError
+
+
+@torch.inference_mode()
+def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = None, batch_size: int = 32,
+             max_length: int = MAX_LENGTH, on_progress=None) -> dict:
+    """Numbers of one task on the rows, with the counts behind them.
+
+    classification: accuracy. lm: nats_per_token and perplexity over every token that has one before it in its piece.
+    embedding: recall_at_1 and mrr of finding text_b from text_a among all text_b of the rows.
+    on_progress(done, total) counts rows or pieces."""
+    task = task or task_of(model)
+    measure = {"classification": _accuracy, "lm": _perplexity, "embedding": _retrieval}.get(task)
+    if measure is None:
+        raise ArgumentError(f"task is {task!r}; needs classification, lm or embedding")
+    was_training = model.training
+    model.eval()
+    try:
+        return {"task": task, "rows": len(rows)} | measure(model, rows, tokenizer, batch_size, max_length, on_progress)
+    finally:
+        model.train(was_training)
+
+
+def _accuracy(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
+    correct = done = 0
+    for batch in batches(rows, tokenizer, "classification", batch_size=batch_size, max_length=max_length,
+                         label2id=model.config.label2id):
+        labels = batch.pop("labels")
+        correct += (_on(model, batch).logits.argmax(-1).cpu() == labels).sum().item()
+        done += len(labels)
+        _tell(on_progress, done, len(rows))
+    return {"accuracy": correct / len(rows), "correct": correct}
+
+
+def _perplexity(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
+    nats, tokens, done = 0.0, 0, 0
+    pieces = examples(rows, tokenizer, "lm", max_length=max_length)
+    for part in parts(pieces, batch_size):
+        batch = padded(part, tokenizer)
+        labels = batch.pop("labels")
+        losses, count = next_token_losses(_on(model, batch).logits, labels)
+        nats, tokens, done = nats + losses.double().sum().item(), tokens + count, done + len(part)
+        _tell(on_progress, done, len(pieces))
+    if not tokens:
+        raise ArgumentError("the texts have fewer than two tokens; perplexity needs a token to predict")
+    return {"nats_per_token": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
+
+
+def next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(nats of each token after the first, fp32, 0 where ignored; how many count).    logits [b, t, v]   labels [b, t]"""
+    targets = labels[:, 1:].flatten().to(logits.device)
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
+    return losses, int((targets != IGNORED).sum())
+
+
+def _retrieval(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
+    for number, row in enumerate(rows, 1):
+        if "text_b" not in row:
+            raise ArgumentError(f'row {number} has no "text_b"; retrieval needs "text_a" and "text_b" in every row')
+    count = len(rows)
+    texts = [row["text_a"] for row in rows] + [row["text_b"] for row in rows]
+    found = embed(model, tokenizer, texts, batch_size=batch_size, max_length=max_length, on_progress=on_progress)
+    return retrieval(found[:count], found[count:])
+
+
+def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
+    """recall_at_1 and mrr of row i of answers for row i of queries, by cosine. Ties count against it.    both [N, d]"""
+    cosine = normalize(queries.double(), dim=-1) @ normalize(answers.double(), dim=-1).T
+    rank = (cosine >= cosine.diagonal()[:, None]).sum(1).clamp(min=1)  # its own answer counts itself; NaN counts nothing
+    rank = torch.where(cosine.isfinite().all(1), rank, len(queries))
+    return {"recall_at_1": (rank == 1).double().mean().item(), "mrr": (1 / rank.double()).mean().item()}
+
+
+@torch.inference_mode()
+def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_length: int = MAX_LENGTH,
+          on_progress=None) -> torch.Tensor:
+    """Mean of the last hidden states over the tokens of each text, fp32 on the CPU.    [N, d]"""
+    found = examples([{"text": text} for text in texts], tokenizer, "embedding", max_length=max_length)
+    order = sorted(range(len(found)), key=lambda index: len(found[index]["input_ids"]))  # like lengths need no padding
+    was_training, out = model.training, None
+    model.eval()
+    try:
+        for number, part in enumerate(parts(order, batch_size)):
+            batch = padded([found[index] for index in part], tokenizer)
+            states = pooled(model, {name: value.to(model.device) for name, value in batch.items()}).cpu()
+            out = torch.empty(len(texts), states.shape[-1]) if out is None else out
+            out[part] = states
+            _tell(on_progress, number * batch_size + len(part), len(texts))
+    finally:
+        model.train(was_training)
+    return out
+
+
+def pooled(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean over the attention mask of the base model's last hidden states, in fp32.    [b, d]"""
+    states = model.base_model(**batch).last_hidden_state.float()
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+def _on(model, batch):
+    return model(**{name: value.to(model.device) for name, value in batch.items()})
+
+
+def _tell(on_progress, done: int, total: int) -> None:
+    if on_progress:
+        on_progress(done, total)
