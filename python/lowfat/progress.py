@@ -1,0 +1,116 @@
+"""The folder in which an unfinished job keeps what it has, and the fingerprint that says which job it belongs to."""
+import fcntl
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from . import storage
+from .errors import ArgumentError
+
+FINGERPRINT, LOCK, SAVING = "fingerprint.json", "lock", "saving.json"
+
+
+@contextmanager
+def progress(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
+    """Opens or creates the folder for one job and keeps other processes out of it; the folder stays until remove().
+
+    ArgumentError: it belongs to a job with another fingerprint (the differences are named), or to a running process."""
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArgumentError(f"{folder}: another process is at work on it") from error
+        fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: tuples are lists
+        if (folder / FINGERPRINT).exists():
+            _refuse_differences(folder, storage.read_json(folder / FINGERPRINT), fingerprint)
+        else:
+            _clear(folder)  # what a removal that was cut short has left
+            storage.write_json(folder / FINGERPRINT, fingerprint)
+        yield folder
+
+
+def _refuse_differences(folder: Path, old: Mapping, new: Mapping) -> None:
+    found = list(differences(old, new))
+    if found:
+        raise ArgumentError(f"{folder} holds an unfinished job with other inputs ({'; '.join(found)}); "
+                            f"repeat that call to finish it, or remove the folder to start anew")
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "") -> Iterator[str]:
+    """What differs between two fingerprints, in words."""
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key} was {_short(before)}, is now {_short(now)}"
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:16] + "..."
+
+
+def will_save(folder: Path) -> None:
+    """Notes that the result is about to take its place: a result found there after a restart is this job's own."""
+    storage.write_json(folder / SAVING, {})
+
+
+def was_saving(folder: str | Path) -> bool:
+    """Whether the job that owns the folder was stopped after will_save()."""
+    return (Path(folder) / SAVING).exists()
+
+
+def remove(folder: Path) -> None:
+    """Deletes a finished job's folder, its fingerprint last: what a kill leaves is never taken for another job's."""
+    storage.stage("progress removal")
+    _clear(folder)
+    for name in (FINGERPRINT, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in (FINGERPRINT, LOCK):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def json_digest(value) -> str:
+    """SHA-256 of a JSON value, the order of keys aside."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def environment(device: torch.device) -> dict:
+    """What else decides the bits: versions, and where it runs."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "device": device.type}
+    for name in ("lowfat", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

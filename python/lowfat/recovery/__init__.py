@@ -1,0 +1,4 @@
+"""Training that wins quality back: one file per strategy."""
+from .finetune import finetune
+
+STRATEGIES = {"finetune": finetune}

@@ -1,0 +1,183 @@
+"""Plain fine-tuning through transformers.Trainer, on the task or on a dense teacher, resumable at any moment."""
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import progress, storage
+from ..data import MAX_LENGTH, TASKS, examples, label_ids, padded, task_of
+from ..errors import ArgumentError
+from ..evaluate import evaluate
+from ..structures import STRUCTURES
+from .objective import Objective
+
+
+@dataclass
+class TrainReport:
+    """What a training run did; to_json() is plain JSON."""
+    task: str
+    steps: int
+    resumed_from: int  # step; 0 when nothing was resumed
+    device: str
+    autocast: bool  # bf16
+    seconds: float  # of this call
+    losses: list[dict] = field(default_factory=list)  # {"step", "loss"}: mean since the entry before
+    validation: dict | None = None  # evaluate() after the last step
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, teacher=None, teacher_tokenizer=None,
+             validation: Sequence[Mapping] | None = None, steps: int, learning_rate: float = 1e-4, batch_size: int = 32,
+             max_length: int = MAX_LENGTH, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
+             seed: int = 0, out: str | Path | None = None, overwrite: bool = False, save_every: int = 100,
+             on_progress=None) -> TrainReport:
+    """Trains every parameter of the model in place; with out, writes the trained model there.
+
+    Classification and lm minimize the task loss; with a teacher, (1 - alpha) task loss + alpha KL to its logits at the
+    temperature (alpha 1 needs no labels). Embedding minimizes 1 - cosine to the teacher's embedding and needs no labels.
+    AdamW, weight decay 0.01, gradients clipped to norm 1; the learning rate rises over a tenth of the steps, then falls
+    linearly to 0. autocast "auto": bf16 where the hardware multiplies it (a GPU, a CPU with AVX512-BF16). Half-precision
+    weights train in fp32.
+
+    With out, the training state goes to .NAME.training beside it every save_every steps: the same call continues from there
+    and ends with the same bits, given as many threads. on_progress(step, steps, what). ArgumentError before any work."""
+    started = time.monotonic()
+    task = task or task_of(model)
+    _check(task, alpha, steps=steps, learning_rate=learning_rate, batch_size=batch_size, temperature=temperature,
+           save_every=save_every)
+    _check_teacher(model, tokenizer, task, teacher, teacher_tokenizer)
+    has_labels = task != "embedding" and (teacher is None or alpha < 1)
+    label2id = _label2id(model, train, validation) if has_labels and task == "classification" else None
+    data = examples(train, tokenizer, task, max_length=max_length, labels=has_labels, label2id=label2id)
+    autocast = _autocast(autocast, model.device)
+    options = {"task": task, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
+               "temperature": temperature, "alpha": alpha, "autocast": autocast, "seed": seed}
+    objective = Objective(model, task, teacher=teacher, temperature=temperature, alpha=alpha, autocast=autocast)
+    if out is None:
+        state = _train(objective, data, tokenizer, options, None, save_every, on_progress)
+    else:
+        states = Path(out).parent / f".{Path(out).name}.training"
+        storage.check_target(out, overwrite or progress.was_saving(states))
+        with progress.progress(states, _fingerprint(model, teacher, data, options)):
+            state = _train(objective, data, tokenizer, options, states, save_every, on_progress)
+            progress.will_save(states)
+            _save(model, tokenizer, out, overwrite or progress.was_saving(states))
+            progress.remove(states)
+    report = TrainReport(task, steps, state.resumed_from, str(model.device), autocast, time.monotonic() - started,
+                         state.log_history)
+    if validation:
+        report.validation = evaluate(model, validation, tokenizer, task=task, max_length=max_length)
+    return report
+
+
+def _check(task: str, alpha: float, **numbers) -> None:
+    if task not in TASKS:
+        raise ArgumentError(f"task is {task!r}; needs one of {', '.join(TASKS)}")
+    for name, value in numbers.items():
+        if not 0 < value < math.inf:
+            raise ArgumentError(f"{name} is {value}; needs a number above 0")
+    if not 0 <= alpha <= 1:
+        raise ArgumentError(f"alpha is {alpha}; needs 0 to 1")
+
+
+def _check_teacher(model, tokenizer, task: str, teacher, teacher_tokenizer) -> None:
+    if teacher is None:
+        if task == "embedding":
+            raise ArgumentError("teacher is missing; training an embedding needs the dense model to follow")
+        return
+    if teacher is model:
+        raise ArgumentError("teacher is the model that is trained; needs a copy of the dense one")
+    ours, theirs = model.config, teacher.config
+    if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ArgumentError("teacher_tokenizer has another vocabulary than tokenizer; needs the same")
+    if ours.vocab_size != theirs.vocab_size:
+        raise ArgumentError(f"teacher knows {theirs.vocab_size} tokens, the model {ours.vocab_size}; needs as many")
+    if task == "classification" and ours.id2label != theirs.id2label:
+        raise ArgumentError(f"teacher has the labels {theirs.id2label}, the model {ours.id2label}; needs the same")
+    if task == "embedding" and ours.hidden_size != theirs.hidden_size:
+        raise ArgumentError(f"teacher embeds in {theirs.hidden_size} dimensions, the model in {ours.hidden_size}; needs the same")
+
+
+def _label2id(model, *data) -> dict[str, int]:
+    """The model's names for its labels, learned from the rows (and kept in its config) where it has none."""
+    names = model.config.label2id
+    for rows in data:
+        names = label_ids(rows, names)[1] if rows else names
+    model.config.label2id, model.config.id2label = names, {number: name for name, number in names.items()}
+    return names
+
+
+def _autocast(wanted: bool | str, device: torch.device) -> bool:
+    if wanted not in (True, False, "auto"):
+        raise ArgumentError(f'autocast is {wanted!r}; needs "auto", True or False')
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def _fingerprint(model, teacher, data, options: dict) -> dict:
+    return {"model": progress.tensors_digest(model.state_dict().items()),
+            "teacher": teacher and progress.tensors_digest(teacher.state_dict().items()),
+            "data": progress.json_digest(data), "options": options} | progress.environment(model.device)
+
+
+def _train(objective: Objective, data: list[dict], tokenizer, options: dict, states: Path | None, save_every: int,
+           on_progress):
+    """The Trainer's state after the last step; its resumed_from is the step where this call began."""
+    from transformers import TrainingArguments
+
+    from .training_state import ProgressCallback, ResumableTrainer, newest_state, same_bits
+
+    student, steps, batch_size = objective.student, options["steps"], options["batch_size"]
+    arguments = TrainingArguments(
+        output_dir=str(states or tempfile.gettempdir()),  # has to exist; with states None nothing is written
+        max_steps=steps, per_device_train_batch_size=batch_size, train_sampling_strategy="sequential", seed=options["seed"],
+        learning_rate=options["learning_rate"], lr_scheduler_type="linear", warmup_steps=steps // 10, weight_decay=0.01,
+        max_grad_norm=1.0, use_cpu=student.device.type == "cpu", dataloader_pin_memory=student.device.type == "cuda",
+        save_strategy="no" if states is None else "steps", save_steps=save_every, logging_steps=max(1, steps // 50),
+        logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False, report_to="none")
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the model stays on its device
+    dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
+    with same_bits(student.device):
+        student.float()
+        trainer = ResumableTrainer(objective, arguments, states=states, callbacks=[ProgressCallback(on_progress)],
+                                   train_dataset=_in_order(data, steps * batch_size, options["seed"]),
+                                   data_collator=lambda part: padded(part, tokenizer))
+        newest = states and newest_state(states)
+        trainer.train(resume_from_checkpoint=newest and str(newest))
+    for name, parameter in student.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    student.eval()
+    return trainer.state
+
+
+def _in_order(data: list, count: int, seed: int) -> list:
+    """The examples of the whole run in the order of their use: passes over the data, each shuffled anew."""
+    generator = torch.Generator().manual_seed(seed)
+    order = []
+    while len(order) < count:
+        order += torch.randperm(len(data), generator=generator).tolist()
+    return [data[index] for index in order[:count]]
+
+
+def _save(model, tokenizer, out, overwrite: bool) -> None:
+    """Through lowfat.save when the model has factors; a dense one as the plain Hugging Face folder that it is."""
+    if any(isinstance(module, tuple(STRUCTURES.values())) for module in model.modules()):
+        from ..checkpoint import save
+
+        save(model, out, tokenizer=tokenizer, overwrite=overwrite)
+        return
+
+    def fill(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    storage.write_folder(out, fill, overwrite=overwrite)

@@ -1,0 +1,155 @@
+"""A Trainer that keeps its state in safetensors and JSON instead of pickles, and resumes from it bit for bit.
+
+Imported inside finetune() only, because it brings transformers."""
+import dataclasses
+import math
+import os
+import random
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from .. import storage
+from ..errors import NumericsError
+
+TENSORS, STATE, TRAINER = "state.safetensors", "state.json", "trainer_state.json"  # the last name is transformers'
+
+
+class ResumableTrainer(Trainer):
+    """states: the folder that gets one subfolder per saved step, of which the newest complete one stays."""
+
+    def __init__(self, *args, states: Path | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.states = states
+        self.remove_callback(PrinterCallback)
+
+    def log(self, logs, start_time=None):
+        loss = logs.get("loss")
+        if loss is None:
+            return  # the summary at the end, which finetune() writes itself
+        if not math.isfinite(loss):
+            raise NumericsError(f"training loss {loss} at step {self.state.global_step}; needs a smaller learning_rate")
+        self.state.log_history.append({"step": self.state.global_step, "loss": loss})
+
+    def _save_checkpoint(self, model, trial):
+        target = self.states / f"step-{self.state.global_step:08d}"
+
+        def fill(folder):
+            tensors, state = training_state(self.model, self.optimizer, self.lr_scheduler)
+            storage.write_tensors(folder / TENSORS, tensors)
+            storage.write_json(folder / STATE, state)
+            storage.write_json(folder / TRAINER, dataclasses.asdict(self.state))
+
+        storage.write_folder(target, fill, overwrite=True)
+        for older in sorted(self.states.glob("step-*")):
+            if older != target:
+                shutil.rmtree(older)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        storage.verify(Path(resume_from_checkpoint))
+        restore_model(self.model, self._tensors(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            state = storage.read_json(Path(checkpoint) / STATE)
+            restore_optimizer(self.optimizer, self._tensors(checkpoint), state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_rng_state(self, checkpoint):
+        if checkpoint is not None:
+            restore_rng(self._tensors(checkpoint), storage.read_json(Path(checkpoint) / STATE)["rng"])
+
+    def _tensors(self, checkpoint):
+        return storage.read_tensors(Path(checkpoint) / TENSORS)
+
+
+class ProgressCallback(TrainerCallback):
+    """Tells on_progress(step, steps, what) after every step."""
+
+    def __init__(self, on_progress):
+        self.on_progress = on_progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.resumed_from = state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        storage.stage(f"step {state.global_step}")
+        if self.on_progress:
+            loss = f", loss {state.log_history[-1]['loss']:.3f}" if state.log_history else ""
+            self.on_progress(state.global_step, state.max_steps, f"training{loss}")
+
+
+@contextmanager
+def same_bits(device: torch.device):
+    """Deterministic kernels where a GPU has a choice; leaves the caller's random generators and settings as they were."""
+    before = rng_state()
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+        restore_rng(*before)
+
+
+def newest_state(states: Path) -> Path | None:
+    """The folder of the last saved step, if there is one."""
+    return max(states.glob("step-*"), default=None)
+
+
+def training_state(model, optimizer, scheduler) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, JSON) of everything that training from here on depends on."""
+    tensors, rng = rng_state()
+    tensors |= {f"model.{name}": tensor.detach() for name, tensor in _stored(model)}
+    found = optimizer.state_dict()
+    for index, state in found["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    return tensors, {"optimizer": found["param_groups"], "scheduler": scheduler.state_dict(), "rng": rng}
+
+
+def _stored(model):
+    """Parameters and the buffers that belong to the state, tied ones once."""
+    kept = model.state_dict().keys()
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+@torch.no_grad()
+def restore_model(model, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in _stored(model):
+        tensor.copy_(tensors[f"model.{name}"])
+
+
+def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
+    state = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor.clone()  # not a view of the file, which is removed later
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def rng_state() -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, JSON) of the random generators of torch, its CUDA devices, Python and numpy."""
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, words, position, has_gauss, gauss = numpy.random.get_state()
+    return tensors, {"python": random.getstate(), "numpy": [kind, words.tolist(), position, has_gauss, gauss]}
+
+
+def restore_rng(tensors: dict[str, torch.Tensor], state: dict) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    for name, tensor in tensors.items():
+        if name.startswith("rng.cuda."):
+            torch.cuda.set_rng_state(tensor, int(name.removeprefix("rng.cuda.")))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy.random.set_state(tuple(state["numpy"]))
