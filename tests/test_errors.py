@@ -7,6 +7,7 @@ BUILTINS = {
     "ArgumentError": (ValueError,), "ShapeError": (ValueError,), "DtypeError": (TypeError,), "DeviceError": (RuntimeError,),
     "IndexRangeError": (IndexError,), "NumericsError": (ArithmeticError,), "UnsupportedError": (NotImplementedError,),
     "FormatError": (ValueError,), "IntegrityError": (ValueError,), "CompatibilityError": (RuntimeError, ImportError),
+    "StorageError": (OSError,),
 }
 
 
