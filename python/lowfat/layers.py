@@ -1,0 +1,153 @@
+"""Which layers of a model can be factorized, and what is done to them: read the sizes, read the weight, replace."""
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, UnsupportedError
+from .structures import Structure
+
+_READ_FROM_OUTSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these use `.weight` of their parts, not the parts
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def factorizable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """The linear layers to factorize, by name, in the model's order; a module with several names comes once.
+
+    Without patterns: every `nn.Linear` and `Conv1D` of the blocks in an `nn.ModuleList`, so neither heads nor poolers. With
+    patterns (as in fnmatch): those that match. Raises ArgumentError where nothing matches, UnsupportedError for a sharded
+    weight."""
+    linear, reasons = _sort(model, patterns)
+    _check_patterns(patterns, model)
+    if not linear:
+        found = _forms(name for name, module in model.named_modules() if is_linear(module))
+        why = next((f"; {name}: {reason}" for name, reason in reasons.items() if name in _matched(model, patterns)), "")
+        raise ArgumentError(f"layers: nothing to factorize{why}; linear layers of this model: {found or 'none'}")
+    for name, module in linear.items():
+        if hasattr(module.weight, "full_tensor"):  # a DTensor: one shard must never pass for the matrix
+            raise UnsupportedError(f"{name}: the weight is sharded over processes; gather the model first")
+    return linear
+
+
+def skipped(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, str]:
+    """Every other weight matrix of the model, and why it is left alone."""
+    return _sort(model, patterns)[1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is exactly `nn.Linear` or GPT-2's `Conv1D`: a subclass may read or store its weight in its own way."""
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(k, n): features in, features out."""
+    if isinstance(module, (Structure, nn.Linear)):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """A view of the weight as [n, k], whichever way the module stores it."""
+    return module.weight.detach().mT if _is_conv1d(module) else module.weight.detach()
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put module in the place of model's `name`, and of every other name of the same module."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    old = modules[name]
+    module.train(old.training)
+    for other in [other for other, found in modules.items() if found is old]:
+        parent, _, leaf = other.rpartition(".")
+        setattr(modules[parent], leaf, module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """(layers to factorize by name, reason by name of every other weight matrix)"""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names, users = {}, {}
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+    for name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(_storage_key(parameter), []).append(f"{name}.{leaf}".lstrip("."))
+    matched = _matched(model, patterns)
+    linear, reasons = {}, {}
+    for name, module in model.named_modules():
+        if is_linear(module):
+            others = [user for user in users[_storage_key(module.weight)] if user != f"{name}.weight".lstrip(".")]
+            reason = _why_not(module, modules[name.rpartition(".")[0]], others)
+            if reason is None and not matched.intersection(names[id(module)]):
+                reason = "outside the blocks" if patterns is None else "not matched"
+            if reason is None:
+                linear[name] = module
+            else:
+                reasons[name] = reason
+        elif isinstance(module, Structure):
+            reasons[name] = f"already {type(module).__name__}"
+        else:
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.dim() > 1:
+                    reasons[f"{name}.{leaf}".lstrip(".")] = _why_no_linear(module, parameter)
+    return linear, reasons
+
+
+def _why_not(module: nn.Module, parent: nn.Module, tied: list[str]) -> str | None:
+    if tied:
+        return f"tied to {', '.join(tied)}"
+    if isinstance(parent, _READ_FROM_OUTSIDE):
+        return f"{type(parent).__name__} reads its weight directly"
+    if module.weight.dtype not in _DTYPES:
+        return f"stored as {module.weight.dtype}"
+    if module.weight.numel() == 0:
+        return "empty"
+    return None
+
+
+def _why_no_linear(module: nn.Module, parameter: Tensor) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear):
+        return f"{type(module).__name__}, a subclass of nn.Linear"
+    if parameter.dim() == 3:
+        return f"a stack of {parameter.shape[0]} matrices in one parameter (experts); not supported yet"
+    return f"not a linear layer ({type(module).__name__})"
+
+
+def _matched(model: nn.Module, patterns: Sequence[str] | None) -> set[str]:
+    """All names that the patterns, or without patterns the default, select."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if patterns is not None:
+        return {name for name in modules if name and any(fnmatchcase(name, pattern) for pattern in patterns)}
+    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    # a list's own entries are blocks; a linear layer that is an entry itself is a head
+    return {name for name in modules for start in lists if name.startswith(start) and "." in name[len(start):]}
+
+
+def _check_patterns(patterns: Sequence[str] | None, model: nn.Module) -> None:
+    if patterns is None:
+        return
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentError(f"layers must be a list of name patterns, found {patterns!r}")
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ArgumentError(f"layers: {pattern!r} matches no linear layer; there are {_forms(names) or 'none'}")
+
+
+def _forms(names) -> str:
+    """Names with their numbers starred, so that a hundred layers fit one line."""
+    return ", ".join(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
+
+
+def _storage_key(parameter: Tensor) -> tuple:
+    """Equal for parameters that share memory; a meta or empty tensor has no address, there only the object itself counts."""
+    if parameter.is_meta or parameter.numel() == 0 or hasattr(parameter, "full_tensor"):
+        return (id(parameter),)
+    return parameter.data_ptr(), parameter.device
