@@ -1,0 +1,119 @@
+"""Ranks for many matrices under one budget of parameters: numbers in, numbers out.
+
+A matrix [n, k] has a ladder of sizes: ranks that save something, then dense. A choice is an index into its ladder."""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import inf
+
+from .errors import ArgumentError
+
+STEP = 8  # ranks are multiples of it: what tensor cores want (methods.md 0)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The sizes one matrix can have, smallest first.   k features in, n out"""
+    k: int
+    n: int
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """1, 2, 4, ... up to the step and its multiples below break-even, where n k parameters would be stored anyhow."""
+        most = (self.n * self.k - 1) // (self.n + self.k)
+        step = next((step for step in (STEP, 4, 2) if 8 * step <= most), 1)  # small matrices need finer steps
+        return [rank for rank in (1, 2, 4) if rank < step and rank <= most] + list(range(step, most + 1, step))
+
+    @cached_property
+    def costs(self) -> list[int]:
+        """Parameters at each rank, and last of the dense matrix."""
+        return [rank * (self.n + self.k) for rank in self.ranks] + [self.n * self.k]
+
+
+def per_matrix(ladders: Sequence[Ladder], budget: int) -> list[int]:
+    """The same share of its parameters for every matrix that can be made smaller."""
+    fixed = sum(ladder.n * ladder.k for ladder in ladders if not ladder.ranks)
+    total = sum(ladder.n * ladder.k for ladder in ladders) - fixed
+    share = (budget - fixed) / total if total else 0.0
+    return _nearest(ladders, budget, [share * ladder.n * ladder.k / (ladder.n + ladder.k) for ladder in ladders])
+
+
+def uniform_rank(ladders: Sequence[Ladder], budget: int) -> list[int]:
+    """One rank for all; a matrix that this rank would not make smaller stays dense."""
+    dense: set[int] = {i for i, ladder in enumerate(ladders) if not ladder.ranks}
+    while True:
+        rest = budget - sum(ladders[i].costs[-1] for i in dense)
+        width = sum(ladder.n + ladder.k for i, ladder in enumerate(ladders) if i not in dense)
+        rank = rest / width if width else 0.0
+        more = {i for i, ladder in enumerate(ladders) if i not in dense and rank * (ladder.n + ladder.k) >= ladder.costs[-1]}
+        if not more:
+            return _nearest(ladders, budget, [inf if i in dense else rank for i in range(len(ladders))])
+        dense |= more
+
+
+def allocated(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[float]]) -> list[int]:
+    """The least sum of losses (one for each size of a ladder, dense last): steps on the convex hulls by falling gain.
+
+    Optimal for convex curves up to the last step (Lagrange; methods.md 11.2), which the rest of the budget then fills."""
+    chosen = [0] * len(ladders)
+    left = _left(ladders, budget, chosen)
+    steps = [(-(lost[a] - lost[b]) / (ladder.costs[b] - ladder.costs[a]), i, b)
+             for i, (ladder, lost) in enumerate(zip(ladders, losses)) for a, b in pairwise(_hull(ladder.costs, lost))]
+    full = set()
+    for _, i, b in sorted(steps):
+        cost = ladders[i].costs[b] - ladders[i].costs[chosen[i]]
+        if cost > left:
+            full.add(i)  # later steps of this matrix start from here
+        elif i not in full:
+            chosen[i], left = b, left - cost
+    return _fill(ladders, left, chosen, lambda i, b: (losses[i][chosen[i]] - losses[i][b]) /
+                 (ladders[i].costs[b] - ladders[i].costs[chosen[i]]))
+
+
+def _nearest(ladders: Sequence[Ladder], budget: int, targets: Sequence[float]) -> list[int]:
+    """The largest sizes not above the target ranks; what rounding leaves goes to whoever is furthest below its target.
+
+    Not to the largest next singular value: that would mean to decompose every matrix to place less than one step of each."""
+    chosen = [len(ladder.ranks) if target == inf else max(0, sum(rank <= target for rank in ladder.ranks) - 1)
+              for ladder, target in zip(ladders, targets)]
+    left = _left(ladders, budget, chosen)
+
+    def below(i: int, b: int) -> float:
+        return targets[i] - ladders[i].costs[b] / (ladders[i].n + ladders[i].k) if b == chosen[i] + 1 else -inf
+
+    return _fill(ladders, left, chosen, below, least=-inf)
+
+
+def _left(ladders: Sequence[Ladder], budget: int, chosen: Sequence[int]) -> int:
+    left = budget - sum(ladder.costs[b] for ladder, b in zip(ladders, chosen))
+    if left < 0:
+        least, dense = sum(ladder.costs[0] for ladder in ladders), sum(ladder.costs[-1] for ladder in ladders)
+        raise ArgumentError(f"ratio: {budget} of {dense} parameters are too few; rank 1 everywhere is {least} "
+                            f"(ratio {least / dense:.4f})")
+    return left
+
+
+def _fill(ladders: Sequence[Ladder], left: int, chosen: list[int], gain: Callable[[int, int], float],
+          least: float = 0.0) -> list[int]:
+    """Take the larger size of most gain, which must be above `least`, for as long as one fits."""
+    while True:
+        fitting = [(gain(i, b), -i, b) for i, ladder in enumerate(ladders) for b in range(chosen[i] + 1, len(ladder.costs))
+                   if ladder.costs[b] - ladder.costs[chosen[i]] <= left]
+        best = max(fitting, default=(least, 0, 0))
+        if best[0] <= least:
+            return chosen
+        i, b = -best[1], best[2]
+        left -= ladders[i].costs[b] - ladders[i].costs[chosen[i]]
+        chosen[i] = b
+
+
+def _hull(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """Indices of the lower convex hull of the points (cost, loss)."""
+    hull: list[int] = []
+    for c in range(len(costs)):
+        while len(hull) > 1 and (losses[hull[-1]] - losses[hull[-2]]) * (costs[c] - costs[hull[-2]]) >= \
+                (losses[c] - losses[hull[-2]]) * (costs[hull[-1]] - costs[hull[-2]]):
+            hull.pop()
+        hull.append(c)
+    return hull
