@@ -34,16 +34,21 @@ def _under_autocast(op: OpOverload, device: str, casts: bool) -> Callable:
 
     def kernel(*args):
         with torch._C._ExcludeDispatchKeyGuard(off):  # the reference's own matmuls must not be cast a second time
-            return op(*autocast(device, *args)) if casts else op(*args)
+            return op(*_cast(device, *args)) if casts else op(*args)
 
     return kernel
 
 
-def autocast(device: str, *args):
-    """The arguments in the dtype that autocast on this device asks for; fp64 and what is no tensor stay, as in `linear`."""
+def autocast(*inputs):
+    """The inputs as autocast wants them, where it is on for their device; a Function's own inputs must be cast before it."""
+    device = inputs[0].device.type
+    return _cast(device, *inputs) if device in _AUTOCAST and torch.is_autocast_enabled(device) else inputs
+
+
+def _cast(device: str, *inputs):
     dtype = torch.get_autocast_dtype(device)
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 else a
-                 for a in args)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+                 for t in inputs)  # fp64 stays, as in linear
 
 
 def below_autograd(op: OpOverload, *args):

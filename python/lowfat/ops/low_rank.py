@@ -5,18 +5,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..errors import DeviceError, DtypeError, LowfatError, ShapeError
+from ..errors import DeviceError, DtypeError, LowfatError, ShapeError, UnsupportedError
 from ._library import autocast, below_autograd, define, differentiable, in_transform
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> None:
+def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, dy: Tensor | None = None,
+          h: Tensor | None = None) -> None:
     """Raise the error that names what is wrong with these arguments, if anything is."""
-    tensors = {"x": x, "v": v, "u": u} | ({} if bias is None else {"bias": bias})
+    tensors = {"x": x, "v": v, "u": u}
+    tensors |= {name: t for name, t in (("bias", bias), ("dy", dy), ("h", h)) if t is not None}
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise DtypeError(f"low_rank: {name} must be a tensor, found {type(t).__name__}")
+        if t.layout is not torch.strided:
+            raise UnsupportedError(f"low_rank: {name} is {t.layout}, must be a dense tensor (call .to_dense())")
     for name, t in tensors.items():
         if t.device != x.device:
             raise DeviceError(f"low_rank: {name} is on {t.device}, x is on {x.device}; all must be on one device")
@@ -34,6 +38,9 @@ def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> None:
         raise ShapeError(f"low_rank: u has rank {u.shape[1]}, v has rank {v.shape[0]} (u {list(u.shape)}, v {list(v.shape)})")
     if bias is not None and bias.shape != u.shape[:1]:
         raise ShapeError(f"low_rank: bias {list(bias.shape)} must be [{u.shape[0]}], the rows of u {list(u.shape)}")
+    for name, t, size in (("dy", dy, u.shape[0]), ("h", h, v.shape[0])):
+        if t is not None and t.shape != (*x.shape[:-1], size):
+            raise ShapeError(f"low_rank: {name} {list(t.shape)} must be {[*x.shape[:-1], size]}")
 
 
 def reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,6 +55,7 @@ def reference_training(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = No
 
 def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, u: Tensor, needs: int):
     """Bit i of needs: gradient i of (dx, dv, du, db) is wanted, else it comes back empty."""
+    check(x, v, u, dy=dy, h=h)
     m, (n, r), k = prod(x.shape[:-1]), u.shape, v.shape[1]
     dy, rows = dy.reshape(m, n), x.reshape(m, k)
     dx = dv = du = db = None
@@ -73,7 +81,8 @@ _recorded = differentiable(_forward, _training, _backward, reference=reference_t
 def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply by a rank-r weight u v, never forming it.   x [..., k]   v [r, k]   u [n, r]   bias [n]   returns [..., n]
 
-    Raises ShapeError, DtypeError or DeviceError, naming the argument. Second derivatives raise UnsupportedError."""
+    Raises ShapeError, DtypeError or DeviceError, naming the argument. Second derivatives raise UnsupportedError, and so do
+    tensors that torch cannot route to the op (sparse, sharded)."""
     if torch.compiler.is_compiling():
         return _forward(x, v, u, bias)
     try:  # the ops check their arguments: asking what was wrong only when they refuse saves a third of a small call
@@ -81,11 +90,12 @@ def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Ten
             return reference(x, v, u, bias)
         if not torch.is_grad_enabled():
             return below_autograd(_forward, x.contiguous(), v.contiguous(), u.contiguous(), bias)
-        if torch.is_autocast_enabled(x.device.type):
-            x, v, u, bias = autocast(x.device.type, x, v, u, bias)
+        x, v, u, bias = autocast(x, v, u, bias)
         return _recorded(x.contiguous(), v.contiguous(), u.contiguous(), bias)
     except LowfatError:
         raise
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError) as error:
         check(x, v, u, bias)
+        if isinstance(error, NotImplementedError):
+            raise UnsupportedError(f"low_rank: not for these kinds of tensor: {error}") from error
         raise
