@@ -14,7 +14,7 @@ import torch
 from . import storage
 from .errors import ArgumentError
 
-FINGERPRINT, LOCK, SAVING = "fingerprint.json", "lock", "saving.json"
+FINGERPRINT, LOCK = "fingerprint.json", "lock"
 
 
 @contextmanager
@@ -29,9 +29,8 @@ def progress(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ArgumentError(f"{folder}: another process is at work on it") from error
-        fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back: tuples are lists
         if (folder / FINGERPRINT).exists():
-            _refuse_differences(folder, storage.read_json(folder / FINGERPRINT), fingerprint)
+            _refuse_differences(folder, storage.read_json(folder / FINGERPRINT), _plain(fingerprint))
         else:
             _clear(folder)  # what a removal that was cut short has left
             storage.write_json(folder / FINGERPRINT, fingerprint)
@@ -41,7 +40,8 @@ def progress(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
 def _refuse_differences(folder: Path, old: Mapping, new: Mapping) -> None:
     found = list(differences(old, new))
     if found:
-        raise ArgumentError(f"{folder} holds an unfinished job with other inputs ({'; '.join(found)}); "
+        named = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if found[4:] else "")
+        raise ArgumentError(f"{folder} holds an unfinished job with other inputs ({named}); "
                             f"repeat that call to finish it, or remove the folder to start anew")
 
 
@@ -60,14 +60,15 @@ def _short(value) -> str:
     return text if len(text) <= 40 else text[:16] + "..."
 
 
-def will_save(folder: Path) -> None:
-    """Notes that the result is about to take its place: a result found there after a restart is this job's own."""
-    storage.write_json(folder / SAVING, {})
+def holds_result(out: str | Path, fingerprint: Mapping) -> bool:
+    """Whether `out` is the complete result of the job with this fingerprint, written with facts={"job": fingerprint}."""
+    storage.restore(out)
+    manifest = storage.read_manifest(out) if Path(out, "manifest.json").is_file() else {"facts": {}}
+    return manifest["facts"].get("job") == _plain(fingerprint)
 
 
-def was_saving(folder: str | Path) -> bool:
-    """Whether the job that owns the folder was stopped after will_save()."""
-    return (Path(folder) / SAVING).exists()
+def _plain(fingerprint: Mapping) -> dict:
+    return json.loads(json.dumps(fingerprint))  # as it is read back: tuples are lists
 
 
 def remove(folder: Path) -> None:
@@ -97,12 +98,6 @@ def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def json_digest(value) -> str:
     """SHA-256 of a JSON value, the order of keys aside."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def environment(device: torch.device) -> dict:

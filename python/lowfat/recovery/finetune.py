@@ -62,12 +62,12 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
     if out is None:
         state = _train(objective, data, tokenizer, options, None, save_every, on_progress)
     else:
-        states = Path(out).parent / f".{Path(out).name}.training"
-        storage.check_target(out, overwrite or progress.was_saving(states))
-        with progress.progress(states, _fingerprint(model, teacher, data, options)):
+        states, fingerprint = Path(out).parent / f".{Path(out).name}.training", _fingerprint(model, teacher, data, options)
+        storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
+        with progress.progress(states, fingerprint):
             state = _train(objective, data, tokenizer, options, states, save_every, on_progress)
-            progress.will_save(states)
-            _save(model, tokenizer, out, overwrite or progress.was_saving(states))
+            if not progress.holds_result(out, fingerprint):
+                _save(model, tokenizer, out, overwrite, facts={"job": fingerprint})
             progress.remove(states)
     report = TrainReport(task, steps, state.resumed_from, str(model.device), autocast, time.monotonic() - started,
                          state.log_history)
@@ -101,7 +101,7 @@ def _check_teacher(model, tokenizer, task: str, teacher, teacher_tokenizer) -> N
     if task == "classification" and ours.id2label != theirs.id2label:
         raise ArgumentError(f"teacher has the labels {theirs.id2label}, the model {ours.id2label}; needs the same")
     if task == "embedding" and ours.hidden_size != theirs.hidden_size:
-        raise ArgumentError(f"teacher embeds in {theirs.hidden_size} dimensions, the model in {ours.hidden_size}; needs the same")
+        raise ArgumentError(f"teacher embeds into {theirs.hidden_size} numbers, the model into {ours.hidden_size}; needs as many")
 
 
 def _label2id(model, *data) -> dict[str, int]:
@@ -168,16 +168,16 @@ def _in_order(data: list, count: int, seed: int) -> list:
     return [data[index] for index in order[:count]]
 
 
-def _save(model, tokenizer, out, overwrite: bool) -> None:
+def _save(model, tokenizer, out: str | Path, overwrite: bool, facts: dict) -> None:
     """Through lowfat.save when the model has factors; a dense one as the plain Hugging Face folder that it is."""
     if any(isinstance(module, tuple(STRUCTURES.values())) for module in model.modules()):
         from ..checkpoint import save
 
-        save(model, out, tokenizer=tokenizer, overwrite=overwrite)
+        save(model, out, tokenizer=tokenizer, overwrite=overwrite, facts=facts)
         return
 
     def fill(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    storage.write_folder(out, fill, overwrite=overwrite)
+    storage.write_folder(out, fill, overwrite=overwrite, facts=facts)

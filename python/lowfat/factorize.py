@@ -1,0 +1,231 @@
+"""Replaces the linear layers of a model by factors, one layer after the other, as a plan says."""
+import math
+import time
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import storage
+from .errors import ArgumentError, IntegrityError, LowfatError, NumericsError, ShapeError
+from .layers import dense_weight, factorizable, replace, sizes, skipped
+from .manifest import digest
+from .mapped import MappedFiles
+from .methods import METHODS
+from .progress import progress, tensors_digest
+from .structures import STRUCTURES, Structure
+
+_BLOCK = 1 << 22  # elements of the weight whose residual is computed at a time: 16 MiB in fp32
+
+
+@dataclass
+class LayerReport:
+    """What became of one layer. Errors are relative and of the factors as stored, in the dtype of the model."""
+    name: str
+    method: str | None = None
+    structure: str | None = None  # None: dense
+    shape: dict = field(default_factory=dict)
+    rank: int | None = None
+    error: float | None = None  # ||W - What||_F / ||W||_F
+    output_error: float | None = None  # ||(W - What) X^T||_F / ||W X^T||_F over the calibration inputs X
+    parameters: int = 0  # without the bias
+    dense_parameters: int = 0
+    kept: bool = False  # whether the factors took the place of the weight; reason says why not
+    reason: str = ""
+    events: list[str] = field(default_factory=list)  # what solvers had to try
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """What factorize() did, layer by layer."""
+    layers: list[LayerReport]
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(layer.dense_parameters for layer in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """Parameters kept over dense ones, of the layers in the plan, those that stayed dense included."""
+        return self.parameters / self.dense_parameters
+
+    def to_json(self) -> dict:
+        """Plain JSON."""
+        return {"layers": [asdict(layer) for layer in self.layers], "parameters": self.parameters,
+                "dense_parameters": self.dense_parameters, "ratio": self.ratio}
+
+
+@torch.no_grad()
+def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, resume: str | Path | None = None,
+              on_progress=None) -> Report:
+    """Factorizes the layers of the plan in place; the dense weights are freed on the way.
+
+    resume: a folder where finished layers are kept; the same call after a kill continues there and ends with the same bits.
+    Remove it when the model is saved. on_progress(done, total, layer name).
+    Raises before any layer changes: ArgumentError or ShapeError for a plan that does not fit the model or the stats,
+    NumericsError for a weight with NaN or infinity."""
+    mapped = MappedFiles()
+    modules = _checked(model, plan, stats, mapped)
+    if resume is None:
+        report = _factorize(model, modules, plan, stats, mapped, None, on_progress)
+    else:
+        with progress(resume, _fingerprint(modules, plan, stats)) as folder:
+            report = _factorize(model, modules, plan, stats, mapped, folder, on_progress)
+    _attach(model)
+    return report
+
+
+def _attach(model: nn.Module) -> None:
+    if hasattr(model, "config"):
+        from .checkpoint import attach  # not above: checkpoint is for Hugging Face models, factorize for any
+
+        attach(model)
+
+
+def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None, mapped: MappedFiles) -> dict[str, nn.Module]:
+    """The module of every name in the plan, after all that can be refused without work."""
+    if not plan:
+        raise ArgumentError("plan: no layers")
+    eligible = factorizable(model, ["*"])
+    for name, choice in plan.items():
+        if name not in eligible:
+            raise ArgumentError(f"plan: {_why_not(model, name)}")
+        found, planned = sizes(eligible[name]), (choice.in_features, choice.out_features)
+        if found != planned:
+            raise ShapeError(f"plan: {name} has {planned[0]} inputs and {planned[1]} outputs; in the model they are "
+                             f"{found[0]} and {found[1]}")
+        if choice.method is not None:
+            _check_method(name, choice, stats)
+    modules = {name: eligible[name] for name in plan}
+    for name, module in modules.items():
+        weight = dense_weight(module)
+        if weight.is_meta:
+            raise ArgumentError(f"{name}: the weight is on the meta device; load the model's weights first")
+        if not all(block.isfinite().all() for block in _row_blocks(weight)):
+            raise NumericsError(f"{name}: the weight holds NaN or infinity")
+        mapped.release(weight)
+    return modules
+
+
+def _why_not(model: nn.Module, name: str) -> str:
+    module = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if module is None:
+        return f"{name} is not in the model"
+    reason = skipped(model, ["*"]).get(name)
+    return f"{name} cannot be factorized: {reason or f'it is a {type(module).__name__}'}"
+
+
+def _check_method(name: str, choice, stats: Mapping | None) -> None:
+    if choice.method not in METHODS:
+        raise ArgumentError(f"plan: {name} has the method {choice.method!r}; there are {', '.join(METHODS)}")
+    needs = METHODS[choice.method].needs
+    if needs and (stats is None or name not in stats):
+        raise ArgumentError(f"stats: {name} is missing; {choice.method} needs what calibrate(model, batches) returns")
+
+
+def _fingerprint(modules: Mapping[str, nn.Module], plan: Mapping, stats: Mapping | None) -> dict:
+    tensors = ((name, parameter) for name, module in modules.items() for parameter in module.parameters())
+    return {"weights": tensors_digest(tensors), "plan": {name: asdict(choice) for name, choice in plan.items()},
+            "stats": None if stats is None else stats.fingerprint(), "torch": torch.__version__}
+
+
+def _factorize(model, modules, plan, stats, mapped, folder, on_progress) -> Report:
+    reports = []
+    for index, name in enumerate(plan):
+        module, done = modules.pop(name), folder and folder / f"layer-{index:05d}.json"
+        if done and done.exists():
+            layer, report = _read_layer(done, module.weight.device)
+        else:
+            layer, report = _one(name, module, plan[name], stats)
+            if done:
+                _write_layer(done, layer, report)
+        if layer is not None:
+            replace(model, name, layer.requires_grad_(module.weight.requires_grad))
+        mapped.release(dense_weight(module))
+        reports.append(report)
+        storage.stage(f"layer {index + 1}")
+        if on_progress:
+            on_progress(index + 1, len(plan), name)
+    return Report(reports)
+
+
+def _one(name: str, module: nn.Module, choice, stats: Mapping | None) -> tuple[Structure | None, LayerReport]:
+    """(the layer made of factors, None where it stays dense; the report)"""
+    started, weight = time.monotonic(), dense_weight(module)
+    report = LayerReport(name, choice.method, parameters=weight.numel(), dense_parameters=weight.numel(),
+                         reason=choice.reason)
+    if choice.method is None:
+        return None, report
+    method = METHODS[choice.method]
+    seen = stats[name] if stats is not None and name in stats else None
+    try:
+        layer, report.events = method.factorize(weight, module.bias, seen, **choice.arguments)
+    except LowfatError as error:
+        raise type(error)(f"{name}: {error}") from error
+    report.error, report.output_error = residuals(weight, layer, None if seen is None else seen.gram)
+    deciding = report.output_error if "gram" in method.needs and report.output_error is not None else report.error
+    report.shape, report.rank = layer.shape(), layer.shape().get("rank")
+    if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+        layer, report.reason = None, "the factors are not finite"
+    elif not deciding < 1:  # 1 is what a weight of zeros has
+        layer, report.reason = None, f"no better than a weight of zeros: relative error {deciding:.3g}"
+    else:
+        report.kept, report.structure = True, type(layer).__name__
+        report.parameters = sum(parameter.numel() for key, parameter in layer.named_parameters() if key != "bias")
+    report.seconds = time.monotonic() - started
+    return layer, report
+
+
+def residuals(weight: Tensor, layer: Structure, gram: Tensor | None) -> tuple[float, float | None]:
+    """(||W - What||_F / ||W||_F, the same of the outputs over inputs with this Gram matrix) of the stored factors."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # the factors are multiplied out in fp32, as the ops accumulate
+    difference = deepcopy(layer).to(dtype).dense().neg_().add_(weight)
+    return _relative(difference, weight, None), None if gram is None else _relative(difference, weight, gram.to(difference))
+
+
+def _relative(difference: Tensor, weight: Tensor, gram: Tensor | None) -> float:
+    """Root of tr(D C D^T) / tr(W C W^T), or without C of the squared norms; in blocks, for the memory."""
+    numerator, denominator = (sum(_square(block.to(difference.dtype), gram) for block in _row_blocks(matrix))
+                              for matrix in (difference, weight))
+    if numerator == 0:
+        return 0.0  # of zero too
+    return math.sqrt(numerator / denominator) if denominator else math.inf
+
+
+def _square(block: Tensor, gram: Tensor | None) -> float:
+    return (block * (block if gram is None else block @ gram)).sum(dtype=torch.float64).clamp(min=0).item()
+
+
+def _row_blocks(matrix: Tensor) -> Iterable[Tensor]:
+    return matrix.split(max(1, _BLOCK // matrix.shape[1]))
+
+
+def _write_layer(path: Path, layer: Structure | None, report: LayerReport) -> None:
+    """The factors first, then the report: a layer counts as finished when its report is there."""
+    tensors = path.with_suffix(".safetensors")
+    if layer is not None:
+        storage.write_tensors(tensors, layer.state_dict())
+    storage.write_json(path, {"report": asdict(report), "sha256": None if layer is None else digest(tensors)})
+
+
+def _read_layer(path: Path, device: torch.device) -> tuple[Structure | None, LayerReport]:
+    stored, tensors = storage.read_json(path), path.with_suffix(".safetensors")
+    report = LayerReport(**stored["report"])
+    if report.structure is None:
+        return None, report
+    if digest(tensors) != stored["sha256"]:
+        raise IntegrityError(f"{tensors}: not as it was written; remove {path.parent} to start anew")
+    with torch.device("meta"):
+        layer = STRUCTURES[report.structure](**report.shape)
+    # to the device, or a copy: not a view of the file, which is removed later
+    factors = {name: tensor.to(device, copy=True) for name, tensor in storage.read_tensors(tensors).items()}
+    layer.load_state_dict(factors, assign=True)
+    return layer, report
