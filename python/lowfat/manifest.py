@@ -1,4 +1,4 @@
-"""manifest.json: size and SHA-256 of every file of a folder, dtype, shape and SHA-256 of every tensor; written last, read first."""
+"""manifest.json: size and SHA-256 of each file, dtype, shape and SHA-256 of each tensor; written last, read first."""
 import hashlib
 import os
 import stat
@@ -39,7 +39,7 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         raise FormatError(f"{NAME}: has no format number")
     if manifest["format"] > FORMAT:
-        raise CompatibilityError(f"{NAME}: has format {manifest['format']}, this lowfat reads up to {FORMAT}; a newer one is needed")
+        raise CompatibilityError(f"{NAME}: has format {manifest['format']}, this lowfat reads up to {FORMAT}; upgrade it")
     if manifest.get("digest") != _own_digest(manifest):
         raise IntegrityError(f"{NAME}: does not match its own digest; it was changed after it was written")
     if set(manifest) != {"format", "files", "tensors", "facts", "digest"}:
@@ -55,7 +55,7 @@ def read_manifest(folder: str | os.PathLike) -> dict:
 
 
 def check(folder: Path, only: set[str] | None = None) -> dict:
-    """The manifest, after every file it lists was found with the size and SHA-256 written there. only: look at these files alone."""
+    """The manifest, once every file it lists has the size and SHA-256 written there. only: look at these files alone."""
     manifest = read_manifest(folder)
     files = {name: entry for name, entry in manifest["files"].items() if only is None or name in only}
     for name, entry in files.items():  # all sizes before the first long read

@@ -1,8 +1,8 @@
 """The one writer of files: a folder is complete under its name or it is not there, at every instant and after every fault.
 
 A folder is filled under a temporary name beside its target, synced, given its manifest and renamed. The steps: S1 folder made,
-S2 filled, S3 files synced, S4 manifest written, S5 manifest and folder synced, S6 renamed into place, S7 parent synced, S9 old
-copy removed. (S8, naming the latest of several folders, is its owner's: `write_json`.)
+S2 filled, S3 files synced, S4 manifest written, S5 manifest and folder synced, S6 renamed into place, S7 parent synced, S9
+old copy removed. (S8, naming the latest of several folders, is its owner's: `write_json`.)
 """
 import errno
 import fcntl
@@ -24,8 +24,8 @@ from .manifest import read_manifest
 from .strict_json import dumps, read_json
 from .tensor_file import read_tensors
 
-__all__ = ["check_target", "read_json", "read_manifest", "read_tensors", "restore", "stage", "verify", "write_folder", "write_json",
-           "write_tensors"]
+__all__ = ["check_target", "read_json", "read_manifest", "read_tensors", "restore", "stage", "verify", "write_folder",
+           "write_json", "write_tensors"]
 PATIENCE = 5.0  # seconds to wait for a process that is between two renames
 
 
@@ -49,7 +49,7 @@ def check_target(path: str | os.PathLike, overwrite: bool = False, *, size: int 
         if not overwrite:
             raise ArgumentError(f"{path}: exists already; overwrite replaces it")
         if not foreign and not (target / manifest.NAME).is_file():  # never remove what somebody else put there
-            raise ArgumentError(f"{path}: exists and was not written by lowfat (it has no {manifest.NAME}); take another name")
+            raise ArgumentError(f"{path}: exists, not written by lowfat (it has no {manifest.NAME}); take another name")
     for folder in (target.parent, target):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
             raise ArgumentError(f"{path}: the folder {folder} is read-only")
@@ -58,13 +58,13 @@ def check_target(path: str | os.PathLike, overwrite: bool = False, *, size: int 
     return target
 
 
-def write_folder(target: str | os.PathLike, fill: Callable[[Path], None], *, overwrite: bool = False, facts: dict | None = None,
-                 size: int = 0, keep: Callable[[Path], bool] | None = None) -> None:
+def write_folder(target: str | os.PathLike, fill: Callable[[Path], None], *, overwrite: bool = False,
+                 facts: dict | None = None, size: int = 0, keep: Callable[[Path], bool] | None = None) -> None:
     """Lets `fill(folder)` write files into an empty folder and puts that folder, with its manifest, at `target`.
 
-    facts: plain JSON for the manifest. size: bytes expected, held against the free space first. keep(relative path): which files of
-    the folder being replaced move to the new one, outside the manifest; given, any folder is replaced.
-    After any error `target` is what it was. Raises ArgumentError when it cannot be written, StorageError when the disk fails.
+    facts: plain JSON for the manifest. size: bytes expected, held against the free space first. keep(relative path): which
+    files of the folder being replaced move to the new one, outside the manifest; given, any folder is replaced.
+    After any error `target` is what it was. Raises ArgumentError where it cannot be written, StorageError for a failing disk.
     """
     restore(target)
     path = check_target(target, overwrite or keep is not None, size=size, foreign=keep is not None)
@@ -128,7 +128,7 @@ def restore(target: str | os.PathLike) -> None:
 
 
 def _swap(temp: Path, target: Path) -> None:
-    """Renames temp to target; a folder already there is moved aside first and removed last. Undone as a whole when a step fails."""
+    """Renames temp to target; a folder already there is moved aside first, removed last. A step that fails undoes all."""
     aside = _beside(target, "old") if _filled(target) else None
     with _claim(target) if aside else nullcontext(True) as ours:
         if not ours:
@@ -153,7 +153,7 @@ def _swap(temp: Path, target: Path) -> None:
 
 
 def _carry(source: Path, temp: Path, keep: Callable[[Path], bool]) -> None:
-    """Brings the kept files of `source` into `temp`, by links: nothing is copied, and the old folder stays whole until the end."""
+    """Brings the kept files of `source` into `temp`, by links: nothing is copied, the old folder stays whole."""
     for path in sorted(source.rglob("*")) if source.is_dir() else []:
         relative = path.relative_to(source)
         if path.is_dir() and not path.is_symlink():
@@ -251,7 +251,8 @@ def _claim(folder: Path):
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.lexists(folder) and os.path.samestat(os.fstat(handle), os.stat(folder))  # not renamed while we waited
+            # renamed or removed between the two calls: what we hold is not what has the name
+            ours = os.path.lexists(folder) and os.path.samestat(os.fstat(handle), os.stat(folder))
         except BlockingIOError:
             ours = False
         except OSError:  # a file system without locks

@@ -12,7 +12,7 @@ MAX_DEPTH = 16
 
 
 def read_json(path: str | os.PathLike, limit: int = MAX_BYTES):
-    """The value in a JSON file of at most `limit` bytes; FormatError for one that is not a file, too large, too deep or not JSON."""
+    """The value in a JSON file of at most `limit` bytes; FormatError when it is no file, too large, too deep, no JSON."""
     path = Path(path)
     if not path.exists():
         raise FormatError(f"{path.name}: missing in {path.parent}")

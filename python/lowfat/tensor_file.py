@@ -10,8 +10,8 @@ import torch
 from .errors import FormatError
 from .strict_json import parse
 
-WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,  # bytes per element; a dtype that is not
-         "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}                                # here is one no structure stores
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2,  # bytes per element
+         "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 MAX_TENSORS = 1_000_000
 MAX_HEADER = 100_000_000  # bytes, the limit of the format itself
 
