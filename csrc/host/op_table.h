@@ -1,0 +1,40 @@
+// What this build has a compiled kernel for, and how each op chooses among its configurations. Filled by csrc/<op>/config.cpp,
+// read by the Python module _C: a new op needs no line anywhere else.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "host/cpu_level.h"
+
+enum class Dtype { float32, bfloat16, float16, float64, other };
+enum class Device { cpu, cuda };
+
+// One question to choose_config. Each op reads the sizes that it has.
+struct Problem {
+  int64_t m = 0, n = 0, k = 0, r = 0;
+  Dtype dtype = Dtype::bfloat16;
+  Device device = Device::cpu;
+  CpuLevel level = CpuLevel::scalar;  // device cpu
+};
+
+using Described = std::vector<std::pair<std::string, std::variant<int64_t, std::string>>>;  // a configuration, printable
+
+struct Op {
+  std::string name;
+  std::vector<std::string> cpu;   // compiled levels, best first
+  std::vector<std::string> cuda;  // compiled architectures
+  Described (*choose_config)(const Problem&);
+};
+
+std::vector<Op>& op_table();
+
+struct RegisterOp {
+  explicit RegisterOp(Op op) { op_table().push_back(std::move(op)); }
+};
+
+std::vector<std::string> compiled_cpu_levels();
+std::vector<std::string> compiled_cuda_archs();  // empty in a build without CUDA

@@ -1,0 +1,66 @@
+// Decode for any CPU: no instruction beyond the compiler's baseline (SSE2 or NEON through the compiler's own 4-wide vectors).
+#include "low_rank/decode_cpu.h"
+
+namespace low_rank {
+namespace {
+
+typedef float Float4 __attribute__((vector_size(16)));
+
+struct Four {
+  float sums[4];
+};
+
+// x is widened to float once, and padded with zeros to whole vectors.
+template <class Element>
+struct Scalar {
+  static constexpr int kRows = 4, kTokens = 2, kStep = 4;
+  using Weight = Element;
+  using Input = float;
+  using Wide = Float4;
+  using Sum = Float4;
+
+  static Sum zero() { return Float4{}; }
+  static Wide load(const float* p) {
+    Float4 wide;
+    __builtin_memcpy(&wide, p, sizeof(wide));
+    return wide;
+  }
+  static Wide load(const uint16_t* p) { return Float4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static Wide load_tail(const Element* p, int64_t count) {
+    Element padded[kStep] = {};
+    for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+    return load(padded);
+  }
+  static Wide load_x(const float* p) { return load(p); }
+  static Wide load_x_tail(const float* p, int64_t) { return load(p); }
+  static Sum multiply_add(Wide w, Wide x, Sum sum) { return sum + w * x; }
+  static Four reduce(const Sum (&v)[4]) {
+    Four all;
+    for (int i = 0; i < 4; ++i) all.sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+    return all;
+  }
+  static void store(Element* y, const Four& all, const Element* bias, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) store_one(y + i, all.sums[i], bias ? bias + i : nullptr);
+  }
+
+  static int64_t x_stride(int64_t depth) { return (depth + kStep - 1) / kStep * kStep; }
+  static int64_t prepared_bytes(int64_t m, int64_t depth) { return m * x_stride(depth) * 4; }
+  static void prepare(const void* x, void* prepared, int64_t m, int64_t depth) {
+    for (int64_t row = 0; row < m; ++row) {
+      const auto* from = static_cast<const Element*>(x) + row * depth;
+      auto* to = static_cast<float*>(prepared) + row * x_stride(depth);
+      for (int64_t d = 0; d < depth; d += kStep) {
+        const Float4 wide = depth - d >= kStep ? load(from + d) : load_tail(from + d, depth - d);
+        __builtin_memcpy(to + d, &wide, sizeof(wide));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+CpuKernel cpu_kernel_scalar(Dtype dtype) {
+  return dtype == Dtype::bfloat16 ? kernel_of<Scalar<uint16_t>>() : kernel_of<Scalar<float>>();
+}
+
+}  // namespace low_rank
