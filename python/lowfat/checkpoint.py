@@ -227,7 +227,7 @@ def _check_kind(folder: Path) -> None:
         raise FormatError(f"config.json: missing in {folder}; not a model")
     config = read_json(folder / "config.json")
     if isinstance(config, dict) and "quantization_config" not in config and not (folder / manifest.NAME).exists():
-        raise FormatError(f"config.json: has no quantization_config; {folder} is no lowfat checkpoint, transformers opens it")
+        raise FormatError(f"config.json: has no quantization_config; {folder} is no lowfat checkpoint, use transformers")
     if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
         for path in sorted(folder.iterdir()):
             if path.suffix in manifest.PICKLES:

@@ -1,8 +1,8 @@
 """The one writer of files: a folder is complete under its name or it is not there, at every instant and after every fault.
 
-A folder is filled under a temporary name beside its target, synced, given its manifest and renamed. The steps: S1 folder made,
-S2 filled, S3 files synced, S4 manifest written, S5 manifest and folder synced, S6 renamed into place, S7 parent synced, S9
-old copy removed. (S8, naming the latest of several folders, is its owner's: `write_json`.)
+A folder is filled under a temporary name beside its target, synced, given its manifest and renamed. The steps: S1 folder
+made, S2 filled, S3 files synced, S4 manifest written, S5 manifest and folder synced, S6 renamed into place, S7 its parent
+synced, S9 old copy removed. (S8, naming the latest of several folders, is its owner's: `write_json`.)
 """
 import errno
 import fcntl
@@ -50,6 +50,8 @@ def check_target(path: str | os.PathLike, overwrite: bool = False, *, size: int 
             raise ArgumentError(f"{path}: exists already; overwrite replaces it")
         if not foreign and not (target / manifest.NAME).is_file():  # never remove what somebody else put there
             raise ArgumentError(f"{path}: exists, not written by lowfat (it has no {manifest.NAME}); take another name")
+    if target.is_dir() and (os.path.ismount(target) or Path.cwd().is_relative_to(target)):
+        raise ArgumentError(f"{path}: a mount point or the current directory cannot be replaced; take a folder inside it")
     for folder in (target.parent, target):
         if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
             raise ArgumentError(f"{path}: the folder {folder} is read-only")
@@ -64,7 +66,7 @@ def write_folder(target: str | os.PathLike, fill: Callable[[Path], None], *, ove
 
     facts: plain JSON for the manifest. size: bytes expected, held against the free space first. keep(relative path): which
     files of the folder being replaced move to the new one, outside the manifest; given, any folder is replaced.
-    After any error `target` is what it was. Raises ArgumentError where it cannot be written, StorageError for a failing disk.
+    After any error `target` is what it was. Raises ArgumentError if it cannot be written, StorageError for a failing disk.
     """
     restore(target)
     path = check_target(target, overwrite or keep is not None, size=size, foreign=keep is not None)
@@ -85,7 +87,7 @@ def write_folder(target: str | os.PathLike, fill: Callable[[Path], None], *, ove
         for folder in (*(found for found in temp.rglob("*") if found.is_dir()), temp):
             _sync(folder)
         stage("S5")
-        _swap(temp, path)
+        _swap(temp, path, replace=overwrite or keep is not None)
 
 
 def write_json(path: str | os.PathLike, value) -> None:
@@ -127,9 +129,9 @@ def restore(target: str | os.PathLike) -> None:
         time.sleep(0.01)
 
 
-def _swap(temp: Path, target: Path) -> None:
+def _swap(temp: Path, target: Path, replace: bool) -> None:
     """Renames temp to target; a folder already there is moved aside first, removed last. A step that fails undoes all."""
-    aside = _beside(target, "old") if _filled(target) else None
+    aside = _beside(target, "old") if replace and _filled(target) else None
     with _claim(target) if aside else nullcontext(True) as ours:
         if not ours:
             raise ArgumentError(f"{target}: another process is replacing it")
