@@ -1,1 +1,14 @@
-"""lowfat: low-rank and factorized transformers."""
+"""lowfat: LOW-rank and FActorized Transformers. Importing it imports torch and nothing else of size."""
+from ._native import build_info, kernels
+from .calibrate import Calibration, calibrate
+from .checkpoint import export_dense, load, save
+from .evaluate import evaluate
+from .factorize import Report, factorize
+from .ops import low_rank
+from .plan import Choice, Plan, plan
+from .recovery import finetune
+from .stats import Stats
+from .structures import LowRank, LowRankGroup
+
+__all__ = ["Calibration", "Choice", "LowRank", "LowRankGroup", "Plan", "Report", "Stats", "build_info", "calibrate", "evaluate",
+           "export_dense", "factorize", "finetune", "kernels", "load", "low_rank", "plan", "save"]
