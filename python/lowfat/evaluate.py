@@ -16,7 +16,7 @@ def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = No
 
     classification: accuracy. lm: nats_per_token and perplexity over every token that has one before it in its piece.
     embedding: recall_at_1 and mrr of finding text_b from text_a among all text_b of the rows.
-    on_progress(done, total) counts rows or pieces."""
+    on_progress(done, total, what) counts rows, pieces or texts."""
     task = task or task_of(model)
     measure = {"classification": _accuracy, "lm": _perplexity, "embedding": _retrieval}.get(task)
     if measure is None:
@@ -36,7 +36,7 @@ def _accuracy(model, rows, tokenizer, batch_size, max_length, on_progress) -> di
         labels = batch.pop("labels")
         correct += (_on(model, batch).logits.argmax(-1).cpu() == labels).sum().item()
         done += len(labels)
-        _tell(on_progress, done, len(rows))
+        _tell(on_progress, done, len(rows), "accuracy")
     return {"accuracy": correct / len(rows), "correct": correct}
 
 
@@ -48,7 +48,7 @@ def _perplexity(model, rows, tokenizer, batch_size, max_length, on_progress) -> 
         labels = batch.pop("labels")
         losses, count = next_token_losses(_on(model, batch).logits, labels)
         nats, tokens, done = nats + losses.double().sum().item(), tokens + count, done + len(part)
-        _tell(on_progress, done, len(pieces))
+        _tell(on_progress, done, len(pieces), "perplexity")
     if not tokens:
         raise ArgumentError("the texts have fewer than two tokens; perplexity needs a token to predict")
     return {"nats_per_token": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
@@ -93,7 +93,7 @@ def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_l
             states = pooled(model, {name: value.to(model.device) for name, value in batch.items()}).cpu()
             out = torch.empty(len(texts), states.shape[-1]) if out is None else out
             out[part] = states
-            _tell(on_progress, number * batch_size + len(part), len(texts))
+            _tell(on_progress, number * batch_size + len(part), len(texts), "embedding")
     finally:
         model.train(was_training)
     return out
@@ -110,6 +110,6 @@ def _on(model, batch):
     return model(**{name: value.to(model.device) for name, value in batch.items()})
 
 
-def _tell(on_progress, done: int, total: int) -> None:
+def _tell(on_progress, done: int, total: int, what: str) -> None:
     if on_progress:
-        on_progress(done, total)
+        on_progress(done, total, what)

@@ -72,13 +72,12 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
     Remove it when the model is saved. on_progress(done, total, layer name).
     Raises before any layer changes: ArgumentError or ShapeError for a plan that does not fit the model or the stats,
     NumericsError for a weight with NaN or infinity."""
-    mapped = MappedFiles()
-    modules = _checked(model, plan, stats, mapped)
+    modules = _checked(model, plan, stats)
     if resume is None:
-        report = _factorize(model, modules, plan, stats, mapped, None, on_progress)
+        report = _factorize(model, modules, plan, stats, None, on_progress)
     else:
         with progress(resume, _fingerprint(modules, plan, stats)) as folder:
-            report = _factorize(model, modules, plan, stats, mapped, folder, on_progress)
+            report = _factorize(model, modules, plan, stats, folder, on_progress)
     _attach(model)
     return report
 
@@ -90,7 +89,7 @@ def _attach(model: nn.Module) -> None:
         attach(model)
 
 
-def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None, mapped: MappedFiles) -> dict[str, nn.Module]:
+def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None) -> dict[str, nn.Module]:
     """The module of every name in the plan, after all that can be refused without work."""
     if not plan:
         raise ArgumentError("plan: no layers")
@@ -105,14 +104,20 @@ def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None, mapped: Map
         if choice.method is not None:
             _check_method(name, choice, stats)
     modules = {name: eligible[name] for name in plan}
+    check_weights(modules)
+    return modules
+
+
+def check_weights(modules: Mapping[str, nn.Module]) -> None:
+    """NumericsError names the first layer whose weight holds NaN or infinity."""
+    mapped = MappedFiles()
     for name, module in modules.items():
         weight = dense_weight(module)
         if weight.is_meta:
-            raise ArgumentError(f"{name}: the weight is on the meta device; load the model's weights first")
+            raise ArgumentError(f"{name}: the weight is on the meta device; load the weights first")
         if not all(block.isfinite().all() for block in _row_blocks(weight)):
             raise NumericsError(f"{name}: the weight holds NaN or infinity")
         mapped.release(weight)
-    return modules
 
 
 def _why_not(model: nn.Module, name: str) -> str:
@@ -137,8 +142,8 @@ def _fingerprint(modules: Mapping[str, nn.Module], plan: Mapping, stats: Mapping
             "stats": None if stats is None else stats.fingerprint(), "torch": torch.__version__}
 
 
-def _factorize(model, modules, plan, stats, mapped, folder, on_progress) -> Report:
-    reports = []
+def _factorize(model, modules, plan, stats, folder, on_progress) -> Report:
+    reports, mapped = [], MappedFiles()
     for index, name in enumerate(plan):
         module, done = modules.pop(name), folder and folder / f"layer-{index:05d}.json"
         if done and done.exists():

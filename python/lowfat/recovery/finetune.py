@@ -101,7 +101,7 @@ def _check_teacher(model, tokenizer, task: str, teacher, teacher_tokenizer) -> N
     if task == "classification" and ours.id2label != theirs.id2label:
         raise ArgumentError(f"teacher has the labels {theirs.id2label}, the model {ours.id2label}; needs the same")
     if task == "embedding" and ours.hidden_size != theirs.hidden_size:
-        raise ArgumentError(f"teacher embeds into {theirs.hidden_size} numbers, the model into {ours.hidden_size}; needs as many")
+        raise ArgumentError(f"teacher has hidden_size {theirs.hidden_size}, the model {ours.hidden_size}; needs the same")
 
 
 def _label2id(model, *data) -> dict[str, int]:
