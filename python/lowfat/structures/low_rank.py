@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..errors import ArgumentError, DeviceError, DtypeError, NumericsError, ShapeError
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..linalg import truncated_svd
 from ..ops.low_rank import low_rank
 from .structure import Structure
 
@@ -50,13 +51,10 @@ class LowRank(Structure):
         factors (methods.md 0), in the weight's dtype. Raises NumericsError for NaN or infinity."""
         if weight.dim() != 2:
             raise ShapeError(f"weight must be [out, in], found {list(weight.shape)}")
-        n, k = weight.shape
-        _check_sizes(k, n, rank)
-        if not weight.isfinite().all():
-            raise NumericsError(f"weight [{n}, {k}] holds NaN or infinity")
-        u, s, vt = torch.linalg.svd(weight if weight.dtype == torch.float64 else weight.float(), full_matrices=False)
-        root = s[:rank].sqrt()
-        return cls.of((root[:, None] * vt[:rank]).to(weight.dtype), (u[:, :rank] * root).to(weight.dtype), bias)
+        _check_sizes(weight.shape[1], weight.shape[0], rank)
+        u, s, vt, _ = truncated_svd(weight, rank)
+        root = s.sqrt()
+        return cls.of((root[:, None] * vt).to(weight.dtype), (u * root).to(weight.dtype), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return low_rank(x, self.v, self.u, self.bias)
@@ -76,6 +74,8 @@ class LowRank(Structure):
         if v.dim() != 2 or u.dim() != 2 or v.shape[1] != self.in_features or u.shape != (self.out_features, v.shape[0]):
             raise ShapeError(f"the update needs v [r, {self.in_features}] and u [{self.out_features}, r], "
                              f"found v {list(v.shape)} and u {list(u.shape)}")
+        _check_alike("the update's v", v, self.v)
+        _check_alike("the update's u", u, self.v)
         return type(self).of(torch.cat([self.v, v]), torch.cat([self.u, scale * u], dim=1), self.bias)
 
 
@@ -125,7 +125,11 @@ def _check_group(layers: Sequence[LowRank]) -> None:
         if layer.in_features != layers[0].in_features:
             raise ShapeError(f"layer {i} of the group has in_features {layer.in_features}, layer 0 has "
                              f"{layers[0].in_features}; layers of a group read the same input")
-        if layer.v.dtype != layers[0].v.dtype:
-            raise DtypeError(f"layer {i} of the group has {layer.v.dtype}, layer 0 has {layers[0].v.dtype}")
-        if layer.v.device != layers[0].v.device:
-            raise DeviceError(f"layer {i} of the group is on {layer.v.device}, layer 0 is on {layers[0].v.device}")
+        _check_alike(f"layer {i} of the group", layer.v, layers[0].v)
+
+
+def _check_alike(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.dtype != other.dtype:
+        raise DtypeError(f"{name} has {tensor.dtype}, must have {other.dtype}")
+    if tensor.device != other.device:
+        raise DeviceError(f"{name} is on {tensor.device}, must be on {other.device}")
