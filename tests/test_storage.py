@@ -114,7 +114,7 @@ def test_link_to_a_folder_is_followed(tmp_path):
 
 def test_target_is_checked_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    for name, words in {"no/such/out": "does not exist", "file": "a file is in the way", "x" * 250: "name is too long"}.items():
+    for name, words in (("no/such/out", "does not exist"), ("file", "file is in the way"), ("x" * 250, "name is too long")):
         with pytest.raises(ArgumentError, match=words):
             storage.write_folder(tmp_path / name, lambda folder: pytest.fail("was filled"))
     with pytest.raises(ArgumentError, match="no space left: 1[0-9]* bytes needed"):
@@ -191,7 +191,8 @@ def test_copy_moved_aside_is_put_back(tmp_path):
 
 def test_only_leftovers_are_cleaned(tmp_path):
     """A folder that somebody holds is work in progress, whatever process id its name carries; a free one is a leftover."""
-    dead, live, other = (tmp_path / name for name in (".out.tmp-999999-0123abcd", ".out.tmp-999999-4567abcd", ".outer.tmp-1-0123abcd"))
+    dead, live = tmp_path / ".out.tmp-999999-0123abcd", tmp_path / ".out.tmp-999999-4567abcd"
+    other = tmp_path / ".outer.tmp-1-0123abcd"
     for folder in (dead, live, other):
         folder.mkdir()
         (folder / "part").write_text("")
@@ -297,9 +298,9 @@ def test_damage_names_the_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ('{"a": 1, "a": 2}', "key 'a' appears twice"), ('{"a": NaN}', "not a finite number"), ('{"a": 1e999}', "not a finite number"),
-    ("[" * 100_000, "not JSON"), ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), f"deeper than {MAX_DEPTH}"), ("", "not JSON"),
-    ("9" * 10_000, "not JSON"), ("{", "not JSON")])
+    ('{"a": 1, "a": 2}', "key 'a' appears twice"), ('{"a": NaN}', "not a finite number"), ("1e999", "not a finite number"),
+    ("[" * 100_000, "not JSON"), ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), f"deeper than {MAX_DEPTH}"),
+    ("9" * 10_000, "not JSON"), ("{", "not JSON"), ("", "not JSON")])
 def test_json_of_strangers_is_read_strictly(text, words):
     with pytest.raises(FormatError, match=f"config.json: .*{words}"):
         parse(text.encode(), "config.json")
