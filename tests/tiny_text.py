@@ -1,6 +1,7 @@
 """A word tokenizer, sentences and models small enough to train in a test; nothing is downloaded."""
 
-WORDS = "the a cat dog bird fish car tree house river sees eats likes finds red blue big small old new and or near under".split()
+WORDS = ("the a cat dog bird fish car tree house river sees eats likes finds "
+         "red blue big small old new and or near under").split()
 
 
 def tokenizer():
@@ -21,8 +22,8 @@ def rows(count: int) -> list[dict]:
     found = []
     for index in range(count):
         noun = WORDS[2 + index % 8]
-        text = f"the {WORDS[14 + index % 6]} {noun} " + " ".join(WORDS[(7 * index + place) % 24] for place in range(index % 5))
-        found.append({"text": text.strip(), "label": int(index % 8 >= 4)})
+        more = [WORDS[(7 * index + place) % 24] for place in range(index % 5)]
+        found.append({"text": " ".join(["the", WORDS[14 + index % 6], noun, *more]), "label": int(index % 8 >= 4)})
     return found
 
 

@@ -14,7 +14,7 @@ from .errors import ArgumentError, IntegrityError, LowfatError, NumericsError, S
 from .layers import dense_weight, factorizable, replace, sizes, skipped
 from .manifest import digest
 from .mapped import MappedFiles
-from .methods import METHODS
+from .methods import METHODS, check_arguments
 from .progress import progress, tensors_digest
 from .structures import STRUCTURES, Structure
 
@@ -102,8 +102,9 @@ def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None) -> dict[str
             raise ShapeError(f"plan: {name} has {planned[0]} inputs and {planned[1]} outputs; in the model they are "
                              f"{found[0]} and {found[1]}")
         if choice.method is not None:
-            _check_method(name, choice, stats)
-    modules = {name: eligible[name] for name in plan}
+            _check_choice(name, choice, stats)
+    _check_fisher(plan, stats)
+    modules = {name: module for name, module in eligible.items() if name in plan}  # in the order of the model
     check_weights(modules)
     return modules
 
@@ -128,12 +129,24 @@ def _why_not(model: nn.Module, name: str) -> str:
     return f"{name} cannot be factorized: {reason or f'it is a {type(module).__name__}'}"
 
 
-def _check_method(name: str, choice, stats: Mapping | None) -> None:
-    if choice.method not in METHODS:
-        raise ArgumentError(f"plan: {name} has the method {choice.method!r}; there are {', '.join(METHODS)}")
-    needs = METHODS[choice.method].needs
+def _check_choice(name: str, choice, stats: Mapping | None) -> None:
+    arguments = dict(choice.arguments)
+    rank, most = arguments.pop("rank", None), min(choice.in_features, choice.out_features)
+    try:
+        needs = check_arguments(choice.method, arguments).needs
+    except ArgumentError as error:
+        raise ArgumentError(f"plan: {name}: {error}") from error
+    if not isinstance(rank, int) or not 1 <= rank <= most:
+        raise ShapeError(f"plan: {name} has the rank {rank!r}; needs a whole number from 1 to {most}")
     if needs and (stats is None or name not in stats):
         raise ArgumentError(f"stats: {name} is missing; {choice.method} needs what calibrate(model, batches) returns")
+
+
+def _check_fisher(plan: Mapping, stats: Mapping | None) -> None:
+    """On one layer, because reading stored statistics takes time and all of a calibration are alike."""
+    name = next((name for name, choice in plan.items() if choice.method and "fisher" in METHODS[choice.method].needs), None)
+    if name is not None and stats[name].fisher_in is None:
+        raise ArgumentError(f"stats: {name} has no Fisher information; {plan[name].method} needs batches with labels")
 
 
 def _fingerprint(modules: Mapping[str, nn.Module], plan: Mapping, stats: Mapping | None) -> dict:
@@ -144,21 +157,22 @@ def _fingerprint(modules: Mapping[str, nn.Module], plan: Mapping, stats: Mapping
 
 def _factorize(model, modules, plan, stats, folder, on_progress) -> Report:
     reports, mapped = [], MappedFiles()
-    for index, name in enumerate(plan):
-        module, done = modules.pop(name), folder and folder / f"layer-{index:05d}.json"
+    for index, name in enumerate(list(modules)):
+        module = modules.pop(name)  # the last reference but the model's own
+        done = folder and folder / f"layer-{index:05d}.json"
         if done and done.exists():
             layer, report = _read_layer(done, module.weight.device)
         else:
             layer, report = _one(name, module, plan[name], stats)
             if done:
                 _write_layer(done, layer, report)
+                storage.stage(f"layer {index + 1}")
         if layer is not None:
             replace(model, name, layer.requires_grad_(module.weight.requires_grad))
         mapped.release(dense_weight(module))
         reports.append(report)
-        storage.stage(f"layer {index + 1}")
         if on_progress:
-            on_progress(index + 1, len(plan), name)
+            on_progress(len(reports), len(plan), name)
     return Report(reports)
 
 

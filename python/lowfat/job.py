@@ -1,0 +1,139 @@
+"""The job behind `lowfat factorize`: a model folder in, a smaller one out, resumable at any moment from load to rename."""
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import progress, storage
+from .calibrate import calibrate
+from .checkpoint import load, save
+from .data import MAX_LENGTH, batches, task_of
+from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
+from .factorize import Report, check_weights, factorize
+from .layers import factorizable
+from .manifest import digest
+from .methods import METHODS, check_arguments
+from .plan import POLICIES, Plan, plan
+
+AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "lm": "AutoModelForCausalLM",
+                "embedding": "AutoModel"}
+_MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what decides a model and its tokenizer
+
+
+def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio: float, policy: str = "per_matrix",
+                     layers: Sequence[str] | None = None, arguments: Mapping | None = None,
+                     rows: Sequence[Mapping] | None = None, task: str | None = None, batch_size: int = 8,
+                     max_length: int = MAX_LENGTH, device: str | torch.device = "cpu", overwrite: bool = False,
+                     on_progress=None) -> Report:
+    """Loads a model, calibrates it on the rows, plans, factorizes and saves.
+
+    What is finished is kept in .NAME.progress beside `out` until the result is there: the same call, after a kill at any
+    moment, continues and writes the same bits. on_progress(phase, done, total, what), phase "calibrate" or "factorize".
+    LowfatError, before any work, for everything that can be known by then."""
+    folder, out = Path(folder), Path(out)
+    needs = _check_options(method, arguments or {}, policy, rows)
+    states = out.parent / f".{out.name}.progress"
+    arguments = dict(arguments or {})
+    options = {"method": method, "arguments": arguments, "ratio": ratio, "policy": policy, "layers": layers, "task": task,
+               "batch_size": batch_size, "max_length": max_length}
+    fingerprint = {"model": _files(folder), "rows": rows and progress.json_digest(rows), "options": options}
+    fingerprint |= progress.environment(torch.device(device))
+    is_done = states.exists() and progress.holds_result(out, fingerprint)
+    storage.check_target(out, overwrite or is_done)
+
+    model, tokenizer = open_model(folder, task=task, device=device)
+    plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
+    check_weights(factorizable(model, layers))
+    data = rows and _batches(model, tokenizer, rows, task or task_of(model), needs, batch_size, max_length)
+    with progress.progress(states, fingerprint):
+        try:
+            stats = data and calibrate(model, data, layers=layers, fisher=_fisher(needs, arguments),
+                                       out=states / "calibration", on_progress=_phase(on_progress, "calibrate"))
+            storage.stage("calibrated")
+            choices = _plan(states / "plan.json", model, method=method, ratio=ratio, policy=policy, stats=stats,
+                            layers=layers, arguments=arguments)
+            storage.stage("planned")
+            report = factorize(model, choices, stats, resume=states / "layers",
+                               on_progress=_phase(on_progress, "factorize"))
+            if not progress.holds_result(out, fingerprint):
+                save(model, out, tokenizer=tokenizer, overwrite=overwrite, facts={"job": fingerprint})
+            storage.stage("saved")
+        except LowfatError as error:
+            if not isinstance(error, (StorageError, IntegrityError)):  # would come again: there is nothing to continue
+                progress.remove(states)
+            raise
+        progress.remove(states)
+    return report
+
+
+def open_model(folder: str | Path, *, task: str | None = None, device: str | torch.device = "cpu"):
+    """(model in eval mode, tokenizer) of a folder, dense or lowfat's own, in the class saved or the one the task needs.
+
+    ArgumentError: not a model, or one without the weights that the task needs."""
+    import transformers
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ArgumentError(f"{folder}: {'no config.json, so not a model' if folder.is_dir() else 'no such folder'}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        names = getattr(config, "architectures", None) or [None]
+        fits = task in (None, task_of(config)) and hasattr(transformers, names[0] or "")
+        name = names[0] if fits else AUTO_CLASSES[task or task_of(config)]
+        if hasattr(config, "quantization_config"):
+            model = load(folder, auto_class=None if fits else name)
+        else:
+            model, found = getattr(transformers, name).from_pretrained(folder, dtype="auto", use_safetensors=True,
+                                                                       local_files_only=True, output_loading_info=True)
+            if found["missing_keys"]:
+                missing = sorted(found["missing_keys"])
+                raise ArgumentError(f"{folder}: has no weights for {', '.join(missing[:3])}; {name} needs them"
+                                    + (f" (task {task})" if task else ""))
+    except (OSError, ValueError) as error:
+        if isinstance(error, LowfatError):
+            raise
+        raise ArgumentError(f"{folder}: cannot be opened: {str(error).splitlines()[0]}") from error
+    return model.eval().to(device), tokenizer
+
+
+def _check_options(method: str, arguments: Mapping, policy: str, rows) -> frozenset[str]:
+    """What the method needs to see."""
+    needs = check_arguments(method, dict(arguments)).needs
+    if policy not in POLICIES:
+        raise ArgumentError(f"policy must be one of {', '.join(POLICIES)}; found {policy!r}")
+    if needs and rows is None:
+        raise ArgumentError(f"{method} needs texts to calibrate on (--calibrate)")
+    return needs
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Digest of every file that the model is made of."""
+    if not folder.is_dir():
+        raise ArgumentError(f"{folder}: no such folder")
+    return {path.name: digest(path) for path in sorted(folder.iterdir()) if path.suffix in _MODEL_FILES and path.is_file()}
+
+
+def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:
+    if "fisher" in needs and task == "embedding":
+        raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
+    label2id = model.config.label2id if task == "classification" else None
+    return batches(rows, tokenizer, task, batch_size=batch_size, max_length=max_length, labels="fisher" in needs,
+                   label2id=label2id, device=model.device)
+
+
+def _fisher(needs, arguments: Mapping) -> str | bool:
+    if "fisher" not in needs:
+        return False
+    return "elements" if arguments.get("exact") else "sums"
+
+
+def _phase(on_progress, phase: str):
+    return on_progress and partial(on_progress, phase)
+
+
+def _plan(path: Path, model, **options) -> Plan:
+    if not path.exists():
+        plan(model, **options).save(path)
+    return Plan.load(path)
