@@ -18,7 +18,10 @@ Config cpu_config(const Problem& p) {
   config.row_tile = kRowTile;
   const int64_t bytes = element_bytes(p.dtype);
   if (p.r * (p.k + p.n) * bytes >= kThreadedBytes) {
-    const auto grain = [&](int64_t depth) { return (kTaskBytes + kRowTile * depth * bytes - 1) / (kRowTile * depth * bytes); };
+    const auto grain = [&](int64_t depth) {
+      const int64_t tile_bytes = kRowTile * depth * bytes;
+      return (kTaskBytes + tile_bytes - 1) / tile_bytes;
+    };
     config.first_grain = grain(p.k > 0 ? p.k : 1);
     config.second_grain = grain(p.r);
   }

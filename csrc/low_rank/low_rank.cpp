@@ -1,4 +1,4 @@
-// Host side of low_rank: checks, choice of configuration, launch, registration.   x [..., k]   v [r, k]   u [n, r]   y [..., n]
+// Host side of low_rank: checks, choice of configuration, launch, registration.   x [..., k]  v [r, k]  u [n, r]  y [..., n]
 #include "low_rank/low_rank.h"
 
 #include <memory>
@@ -11,14 +11,6 @@
 #endif
 
 namespace low_rank {
-
-CpuKernel cpu_kernel(CpuLevel level, Dtype dtype) {
-#ifdef LOWFAT_X86
-  if (level == CpuLevel::avx512_bf16) return cpu_kernel_avx512(dtype);
-  if (level == CpuLevel::avx2_fma) return cpu_kernel_avx2(dtype);
-#endif
-  return cpu_kernel_scalar(dtype);
-}
 
 namespace {
 
@@ -61,6 +53,14 @@ Result library(const Tensor& x, const Tensor& v, const Tensor& u, const std::opt
   return {std::move(y), std::move(h)};
 }
 
+CpuKernel cpu_kernel([[maybe_unused]] CpuLevel level, Dtype dtype, [[maybe_unused]] int64_t m) {
+#ifdef LOWFAT_X86
+  if (level == CpuLevel::avx512_bf16) return cpu_kernel_avx512(dtype, m);
+  if (level == CpuLevel::avx2_fma) return cpu_kernel_avx2(dtype);
+#endif
+  return cpu_kernel_scalar(dtype);
+}
+
 void multiply(const CpuKernel& kernel, Product product, int64_t grain) {
   std::unique_ptr<char[]> prepared;
   if (const int64_t bytes = kernel.prepared_bytes(product.m, product.depth)) {
@@ -98,7 +98,7 @@ Result forward_cpu(const Tensor& x_any, const Tensor& v_any, const Tensor& u_any
     h_inside.reset(new char[static_cast<size_t>(s.m * s.r * 4)]);
     h = h_inside.get();
   }
-  const CpuKernel kernel = cpu_kernel(cpu_level(), dtype);
+  const CpuKernel kernel = cpu_kernel(cpu_level(), dtype, s.m);
   const void* u_data = u.const_data_ptr();
   multiply(kernel, {x.const_data_ptr(), v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, u_data}, config.first_grain);
   multiply(kernel, {h, u_data, bias ? bias->const_data_ptr() : nullptr, result.y.mutable_data_ptr(), s.m, s.r, s.n, nullptr},

@@ -31,7 +31,8 @@ struct Product {
   const void* then;  // what is read after w, prefetched towards the end of it; or null
 };
 
-// One instruction set's kernel for one dtype. A result does not depend on how the row tiles are split among threads, nor on m.
+// One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone, so the
+// bits are the same however the row tiles are split among threads.
 struct CpuKernel {
   int64_t row_tile;
   int64_t (*prepared_bytes)(int64_t m, int64_t depth);                          // 0: x is used as it is
@@ -39,9 +40,8 @@ struct CpuKernel {
   void (*multiply)(const Product& product, int64_t first_tile, int64_t last_tile);
 };
 
-CpuKernel cpu_kernel(CpuLevel level, Dtype dtype);
 CpuKernel cpu_kernel_scalar(Dtype dtype);
 CpuKernel cpu_kernel_avx2(Dtype dtype);
-CpuKernel cpu_kernel_avx512(Dtype dtype);
+CpuKernel cpu_kernel_avx512(Dtype dtype, int64_t m);
 
 }  // namespace low_rank

@@ -13,32 +13,43 @@ struct Four {
 // x is widened to float once, and padded with zeros to whole vectors.
 template <class Element>
 struct Scalar {
-  static constexpr int kRows = 4, kTokens = 2, kStep = 4;
+  static constexpr int kRows = 4, kTokens = 2, kStep = 4, kParts = 1;
   using Weight = Element;
   using Input = float;
-  using Wide = Float4;
+  struct Wide {
+    Float4 part[1];
+  };
   using Sum = Float4;
 
   static Sum zero() { return Float4{}; }
-  static Wide load(const float* p) {
+  static Float4 load4(const float* p) {
     Float4 wide;
     __builtin_memcpy(&wide, p, sizeof(wide));
     return wide;
   }
-  static Wide load(const uint16_t* p) { return Float4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static Float4 load4(const uint16_t* p) { return Float4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static Wide load(const Element* p) { return {{load4(p)}}; }
   static Wide load_tail(const Element* p, int64_t count) {
     Element padded[kStep] = {};
     for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
     return load(padded);
   }
-  static Wide load_x(const float* p) { return load(p); }
-  static Wide load_x_tail(const float* p, int64_t) { return load(p); }
-  static Sum multiply_add(Wide w, Wide x, Sum sum) { return sum + w * x; }
+  template <int>
+  static Float4 load_x(const float* p) { return load4(p); }
+  template <int>
+  static Float4 load_x_tail(const float* p, int64_t) { return load4(p); }
+  static Sum multiply_add(Float4 w, Float4 x, Sum sum) { return sum + w * x; }
   static Four reduce(const Sum (&v)[4]) {
     Four all;
     for (int i = 0; i < 4; ++i) all.sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
     return all;
   }
+  static Four add_partial(const Four& all, const float* partial) {
+    Four total;
+    for (int i = 0; i < 4; ++i) total.sums[i] = all.sums[i] + partial[i];
+    return total;
+  }
+  static void keep_partial(float* partial, const Four& all) { __builtin_memcpy(partial, all.sums, sizeof(all.sums)); }
   static void store(Element* y, const Four& all, const Element* bias, int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) store_one(y + i, all.sums[i], bias ? bias + i : nullptr);
   }
@@ -50,8 +61,8 @@ struct Scalar {
       const auto* from = static_cast<const Element*>(x) + row * depth;
       auto* to = static_cast<float*>(prepared) + row * x_stride(depth);
       for (int64_t d = 0; d < depth; d += kStep) {
-        const Float4 wide = depth - d >= kStep ? load(from + d) : load_tail(from + d, depth - d);
-        __builtin_memcpy(to + d, &wide, sizeof(wide));
+        const Wide wide = depth - d >= kStep ? load(from + d) : load_tail(from + d, depth - d);
+        __builtin_memcpy(to + d, wide.part, sizeof(wide.part));
       }
     }
   }
@@ -60,7 +71,7 @@ struct Scalar {
 }  // namespace
 
 CpuKernel cpu_kernel_scalar(Dtype dtype) {
-  return dtype == Dtype::bfloat16 ? kernel_of<Scalar<uint16_t>>() : kernel_of<Scalar<float>>();
+  return dtype == Dtype::float32 ? kernel_of<Scalar<float>>() : kernel_of<Scalar<uint16_t>>();
 }
 
 }  // namespace low_rank

@@ -29,13 +29,47 @@ inline void store4(uint16_t* y, __m128 sums) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(y), _mm_packus_epi32(rounded, rounded));
 }
 
-template <class Weight>
-void store_rows(Weight* y, __m128 sums, const Weight* bias, int64_t rows) {
-  if (rows >= 4) return store4(y, bias ? _mm_add_ps(sums, load4(bias)) : sums);
-  float each[4];
-  _mm_storeu_ps(each, sums);
-  for (int64_t i = 0; i < rows; ++i) store_one(y + i, each[i], bias ? bias + i : nullptr);
-}
+// The part of V that is the same for both: four sums are one __m128.
+struct FourSums {
+  static __m128 add_partial(__m128 sums, const float* partial) { return _mm_add_ps(sums, _mm_loadu_ps(partial)); }
+  static void keep_partial(float* partial, __m128 sums) { _mm_storeu_ps(partial, sums); }
+
+  template <class Weight>
+  static void store(Weight* y, __m128 sums, const Weight* bias, int64_t rows) {
+    if (rows == 4) return store4(y, bias ? _mm_add_ps(sums, load4(bias)) : sums);
+    float each[4];
+    _mm_storeu_ps(each, sums);
+    for (int64_t i = 0; i < rows; ++i) store_one(y + i, each[i], bias ? bias + i : nullptr);
+  }
+};
+
+// x as it is.
+template <class Element>
+struct Unprepared {
+  using Input = Element;
+  static int64_t x_stride(int64_t depth) { return depth; }
+  static int64_t prepared_bytes(int64_t, int64_t) { return 0; }
+  static void prepare(const void*, void*, int64_t, int64_t) {}
+};
+
+// x widened from bf16 to float once: for each V::kStep numbers first the even, then the odd ones; zeros after the last.
+template <class V, int kStep>
+struct Widened {
+  using Input = float;
+  static int64_t x_stride(int64_t depth) { return (depth + kStep - 1) / kStep * kStep; }
+  static int64_t prepared_bytes(int64_t m, int64_t depth) { return m * x_stride(depth) * 4; }
+  static void prepare(const void* x, void* prepared, int64_t m, int64_t depth) {
+    for (int64_t row = 0; row < m; ++row) {
+      const auto* from = static_cast<const uint16_t*>(x) + row * depth;
+      auto* to = static_cast<float*>(prepared) + row * x_stride(depth);
+      for (int64_t d = 0; d < depth; d += kStep) {
+        const auto wide = depth - d >= kStep ? V::load(from + d) : V::load_tail(from + d, depth - d);
+        V::store_part(to + d, wide.part[0]);
+        V::store_part(to + d + kStep / 2, wide.part[1]);
+      }
+    }
+  }
+};
 
 }  // namespace
 }  // namespace low_rank
