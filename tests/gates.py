@@ -119,8 +119,9 @@ def failed_gates(y: Tensor, framework: Tensor, known: Chain, mid: torch.dtype | 
         return [f"shape {list(y.shape)} for {list(known.y64.shape)}"]
     if y.numel() == 0:
         return []
-    passed = {"G1": norm_gate(y, framework, known.y64), "G2": max_gate(y, framework, known.y64),
-              "G3": element_gate(y, known, mid), "mistrusted": (known.y64 == 0).double().mean() <= 0.3}
+    passed = {"G3": element_gate(y, known, mid), "mistrusted": (known.y64 == 0).double().mean() <= 0.3}
+    if y.dtype != torch.float64:  # there y64 is no better than y: comparing two errors against it would compare noise
+        passed |= {"G1": norm_gate(y, framework, known.y64), "G2": max_gate(y, framework, known.y64)}
     return [name for name, ok in passed.items() if not ok]
 
 

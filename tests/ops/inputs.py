@@ -1,7 +1,7 @@
 """T-inputs: what every op must survive or reject. One function per class of input; its docstring is the required outcome.
 
-`python inputs.py OP` runs them all for one op and prints one JSON line each, so that a crash is a failed test and not the end
-of the run. A case takes a Caller, which hides how the op is called and which errors that way of calling promises."""
+`python inputs.py OP AFTER` runs those for one op and prints one JSON line each, so that a crash is a failed test and not the
+end of the run. A case takes a Caller, which hides how the op is called and which errors that way of calling promises."""
 import inspect
 import json
 import sys
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import gates
-import lowfat
 from lowfat.errors import DeviceError, DtypeError, LowfatError, ShapeError, UnsupportedError
 from lowfat.ops import low_rank as public_low_rank
 

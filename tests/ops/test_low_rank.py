@@ -173,7 +173,8 @@ def test_exports_with_a_dynamic_batch(tmp_path, strict):
     model = Model()
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
-            program = torch.export.export(model, (torch.ones(3, 9),), dynamic_shapes=({0: torch.export.Dim("m")},), strict=strict)
+            rows = {0: torch.export.Dim("m")}
+            program = torch.export.export(model, (torch.ones(3, 9),), dynamic_shapes=(rows,), strict=strict)
         torch.export.save(program, tmp_path / "program.pt2")
         loaded = torch.export.load(tmp_path / "program.pt2").module()
         for m in (1, 4, 33):
@@ -201,6 +202,29 @@ def test_saves_no_middle_when_the_last_factor_is_frozen():
         assert (6, 3) not in kept
         low_rank(x, v, u, bias)
         assert (6, 3) in kept
+
+
+def test_asks_backward_only_for_what_is_wanted():
+    """No wasted kernel for a frozen factor: kills a backward that computes everything and drops it."""
+    class Asked(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is OPS.low_rank_backward.default:
+                asked.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    asked = []
+    for needs in range(1, 16):
+        args = [t.requires_grad_(bool(needs >> i & 1)) for i, t in enumerate(normal(6, 7, 3, 5, torch.float32))]
+        y = low_rank(*args)
+        with Asked():
+            y.sum().backward()
+    assert asked == list(range(1, 16))
+
+
+def test_the_kept_middle_carries_no_gradient():
+    x, v, u, _ = (t.requires_grad_() for t in normal(6, 7, 3, 5, torch.float32))
+    y, h = OPS.low_rank_training(x, v, u)
+    assert y.requires_grad and not h.requires_grad
 
 
 def test_the_reference_is_what_it_says():

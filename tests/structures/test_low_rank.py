@@ -70,7 +70,8 @@ def test_starts_like_two_linear_layers_in_a_row():
 
 def test_on_meta_without_memory():
     layer = LowRank(2**20, 2**20, 2**19, device="meta", dtype=torch.bfloat16)
-    assert all(p.is_meta for p in layer.parameters()) and layer(torch.empty(3, 2**20, device="meta", dtype=torch.bfloat16)).is_meta
+    assert all(p.is_meta for p in layer.parameters())
+    assert layer(torch.empty(3, 2**20, device="meta", dtype=torch.bfloat16)).is_meta
     with torch.device("meta"):
         assert LowRank(7, 5, 3).v.is_meta
     empty = LowRank(7, 5, 3, device="meta").to_empty(device="cpu")
@@ -81,13 +82,15 @@ def test_on_meta_without_memory():
     assert same_bits(filled, empty)
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.share_memory(),
-                                    lambda m: m.to("cpu")], ids=["copy", "deepcopy", "pickle", "share_memory", "to"])
-@pytest.mark.parametrize("make", [lambda: LowRank(7, 5, 3), lambda: LowRankGroup([LowRank(7, 5, 3), LowRank(7, 4, 2, bias=False)])],
-                         ids=["layer", "group"])
-def test_copies_keep_bits_and_results(make, copied):
-    layer = make()
-    other = copied(layer)
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+          "share_memory": lambda m: m.share_memory(), "to": lambda m: m.to("cpu")}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("grouped", [False, True], ids=["layer", "group"])
+def test_copies_keep_bits_and_results(grouped, how):
+    layer = LowRankGroup([LowRank(7, 5, 3), LowRank(7, 4, 2, bias=False)]) if grouped else LowRank(7, 5, 3)
+    other = COPIES[how](layer)
     x = torch.randn(4, 7)
     assert same_bits(layer, other) and repr(layer) == repr(other)
     ours, theirs = layer(x), other(x)
@@ -145,7 +148,8 @@ def test_trains_hooks_and_parametrizations():
     (dict(rank="2"), ArgumentError, "rank must be a whole number, found '2'"), (dict(rank=None), ArgumentError, "rank"),
     (dict(rank=True), ArgumentError, "rank"), (dict(rank=float("nan")), ArgumentError, "rank"),
     (dict(in_features=0), ShapeError, "in_features 0"), (dict(out_features=-3), ShapeError, "out_features -3"),
-    (dict(in_features=7.5), ArgumentError, "in_features must be"), (dict(out_features=[5]), ArgumentError, "out_features must be")])
+    (dict(in_features=7.5), ArgumentError, "in_features must be"),
+    (dict(out_features=[5]), ArgumentError, "out_features must be")])
 def test_wrong_sizes_are_refused_by_name(arguments, error, text):
     with pytest.raises(error, match=text):
         LowRank(**{"in_features": 7, "out_features": 5, "rank": 2} | arguments)
@@ -240,10 +244,9 @@ def test_merged_is_the_concatenation_and_the_sum(scale, dtype):
 
 def test_merged_refuses_by_name():
     layer = LowRank(7, 5, 3)
-    for v, u in ((torch.ones(1, 6), torch.ones(5, 1)), (torch.ones(1, 7), torch.ones(4, 1)), (torch.ones(2, 7), torch.ones(5, 1)),
-                 (torch.ones(7), torch.ones(5))):
+    for v, u in (((1, 6), (5, 1)), ((1, 7), (4, 1)), ((2, 7), (5, 1)), ((7,), (5,))):
         with pytest.raises(ShapeError, match=r"needs v \[r, 7\] and u \[5, r\]"):
-            layer.merged(v, u)
+            layer.merged(torch.ones(v), torch.ones(u))
     with pytest.raises(ShapeError, match="rank must be between 1 and 5 .* found 6"):
         layer.merged(torch.ones(3, 7), torch.ones(5, 3))
     with pytest.raises(DtypeError, match="update's v has torch.float64, must have torch.float32"):
@@ -299,7 +302,8 @@ def test_group_gradients_are_those_of_its_layers():
     ([], ArgumentError, "at least one layer"),
     ([LowRank(7, 5, 3), LowRank(6, 5, 3)], ShapeError, "layer 1 of the group has in_features 6, layer 0 has 7"),
     ([LowRank(7, 5, 3), nn.Linear(7, 5)], ArgumentError, "layer 1 of the group must be a LowRank, found Linear"),
-    ([LowRank(7, 5, 3), LowRank(7, 5, 3, dtype=torch.bfloat16)], DtypeError, "layer 1 of the group has torch.bfloat16, must have torch.float32"),
+    ([LowRank(7, 5, 3), LowRank(7, 5, 3, dtype=torch.bfloat16)], DtypeError,
+     "layer 1 of the group has torch.bfloat16, must have torch.float32"),
     ([LowRank(7, 5, 3), LowRank(7, 5, 3, device="meta")], DeviceError, "layer 1 of the group is on meta")])
 def test_group_refuses_by_name(layers, error, text):
     with pytest.raises(error, match=text):

@@ -33,9 +33,9 @@ def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, dy: Tenso
     if v.dim() != 2 or u.dim() != 2:
         raise ShapeError(f"low_rank: v {list(v.shape)} must be [r, k] and u {list(u.shape)} must be [n, r]")
     if x.shape[-1] != v.shape[1]:
-        raise ShapeError(f"low_rank: x has {x.shape[-1]} features, v has {v.shape[1]} (x {list(x.shape)}, v {list(v.shape)})")
+        raise ShapeError(f"low_rank: x has {x.shape[-1]} features, v has {v.shape[1]} (x {[*x.shape]}, v {[*v.shape]})")
     if u.shape[1] != v.shape[0]:
-        raise ShapeError(f"low_rank: u has rank {u.shape[1]}, v has rank {v.shape[0]} (u {list(u.shape)}, v {list(v.shape)})")
+        raise ShapeError(f"low_rank: u has rank {u.shape[1]}, v has rank {v.shape[0]} (u {[*u.shape]}, v {[*v.shape]})")
     if bias is not None and bias.shape != u.shape[:1]:
         raise ShapeError(f"low_rank: bias {list(bias.shape)} must be [{u.shape[0]}], the rows of u {list(u.shape)}")
     for name, t, size in (("dy", dy, u.shape[0]), ("h", h, v.shape[0])):

@@ -1,0 +1,30 @@
+"""T-mutants: runs mutants.py once; every planted bug must be caught by a check, and the right source by none."""
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mutants  # noqa: E402  (beside this file, and run as a program by it)
+
+
+@cache
+def caught():
+    done = subprocess.run([sys.executable, mutants.__file__], capture_output=True, text=True, timeout=300)
+    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert len(found) == len(mutants.MUTANTS) + 1, done.stderr[-2000:]
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_the_right_source_passes_every_check():
+    assert caught()[-1] is None
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", range(len(mutants.MUTANTS)))
+def test_caught(number):
+    assert caught()[number] not in (None, "died"), mutants.MUTANTS[number]
