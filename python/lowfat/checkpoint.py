@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import manifest, storage
-from .errors import ArgumentError, FormatError, IntegrityError, NumericsError, UnsupportedError
+from .errors import ArgumentError, FormatError, IntegrityError, LowfatError, NumericsError, UnsupportedError
 from .on_import import when_imported
 from .strict_json import read_json
 from .structures import STRUCTURES, LowRankGroup, Structure
@@ -68,6 +68,10 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, dtype:
     try:
         # use_safetensors: never a pickle; local_files_only: nothing is looked up elsewhere
         model = (wanted or saved).from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True, local_files_only=True)
+    except (LowfatError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a strange value in a config makes of the code of one of 400 models
+        raise FormatError(f"config.json: {(wanted or saved).__name__} cannot be built from it: {error}") from error
     finally:
         quantizer.exact.reset(token)
     _compare(model, files, keep_dtype=dtype is None, finite=finite)
@@ -274,10 +278,16 @@ def _compare(model: nn.Module, files: list[Path], *, keep_dtype: bool, finite: b
                     continue
                 if finite and name in parameters and not stored.isfinite().all():
                     raise NumericsError(f"{path.name}: {name} holds NaN or infinity; finite=False loads it all the same")
-                if keep_dtype and held[name].dtype != stored.dtype:  # transformers gives a whole model one dtype
+                if not keep_dtype:
+                    continue
+                if held[name].dtype != stored.dtype:  # transformers gives a whole model one dtype
                     held[name].data = stored
-                if not torch.equal(held[name].to(stored.dtype), stored) if keep_dtype else False:
+                if not torch.equal(_bits(held[name]), _bits(stored)):
                     raise IntegrityError(f"{path.name}: {name} is not in the model as it is in the file")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)  # NaN equals itself, 0 does not equal -0
 
 
 def _stored_bytes(model: nn.Module) -> int:

@@ -45,9 +45,8 @@ def check_quantization(config) -> None:
     if not isinstance(config["ties"], dict):
         raise FormatError(f"{HERE}.ties is not an object")
     for pair in config["ties"].items():
-        for name in pair:
-            if not isinstance(name, str) or name.rpartition(".")[0] not in config["modules"]:
-                raise FormatError(f"{HERE}.ties names {name!r}, which belongs to no entry of modules")
+        if len({_shape(name, config["modules"]) for name in pair}) > 1:
+            raise FormatError(f"{HERE}.ties makes {pair[0]} and {pair[1]} one, their shapes differ")
 
 
 def build(name: str, spec) -> Structure:
@@ -55,7 +54,7 @@ def build(name: str, spec) -> Structure:
     if not isinstance(spec, dict):
         raise FormatError(f"{HERE}.modules.{name} is not an object")
     shape = {key: value for key, value in spec.items() if key != "structure"}
-    if spec.get("structure") not in STRUCTURES:
+    if spec.get("structure") not in list(STRUCTURES):  # a list compares where a dict would need a hash
         raise FormatError(f"{HERE}.modules.{name}.structure is {spec.get('structure')!r}; known: {', '.join(STRUCTURES)}")
     try:
         layer = STRUCTURES[spec["structure"]](**shape, device="meta")
@@ -64,6 +63,15 @@ def build(name: str, spec) -> Structure:
     if layer.shape() != shape:  # a key left out, or a value that was converted on the way
         raise FormatError(f"{HERE}.modules.{name} is {shape}, expected a form like {layer.shape()}")
     return layer
+
+
+def _shape(name, modules: dict[str, dict]) -> torch.Size:
+    """The shape of the parameter that ties call `name`."""
+    module, _, key = name.rpartition(".") if isinstance(name, str) else ("", "", "")
+    parameters = dict(build(module, modules[module]).named_parameters()) if module in modules else {}
+    if key not in parameters:
+        raise FormatError(f"{HERE}.ties names {name!r}, which is no parameter of an entry of modules")
+    return parameters[key].shape
 
 
 def check_config(config) -> None:
