@@ -85,7 +85,8 @@ def test_batches_of_a_classification_are_padded_on_the_right_and_masked():
 def test_pairs_become_one_example_or_two_texts():
     tok, data = tokenizer(), [{"text_a": "the cat", "text_b": "a dog", "label": 1}]
     assert examples(data, tok, "classification")[0]["input_ids"] == tok("the cat", "a dog")["input_ids"]
-    assert [e["input_ids"] for e in examples(data, tok, "embedding")] == [tok(text)["input_ids"] for text in ("the cat", "a dog")]
+    found = [example["input_ids"] for example in examples(data, tok, "embedding")]
+    assert found == [tok(text)["input_ids"] for text in ("the cat", "a dog")]
 
 
 def test_lm_sees_every_token_once_in_order():

@@ -153,7 +153,7 @@ def last_weight(value):
 BAD = {  # what is done to plan and model -> (class, message)
     "no layers": (lambda made, model: made.clear(), ArgumentError, "plan: no layers"),
     "unknown name": (lambda made, model: made.update(nowhere=made.popitem()[1]), ArgumentError, "nowhere is not in"),
-    "not linear": (lambda made, model: made.update({"bert.embeddings": made.popitem()[1]}), ArgumentError, "a BertEmbeddings"),
+    "not linear": (lambda made, model: made.update({"bert.embeddings": made.popitem()[1]}), ArgumentError, "BertEmbedd"),
     "sizes": (first_choice("svd", {"rank": 2}, 99, 32), ShapeError, "99 inputs"),
     "method": (first_choice("magic", {"rank": 2}, 32, 32), ArgumentError, "magic"),
     "argument": (first_choice("svd", {"rank": 2, "x": 1}, 32, 32), ArgumentError, "'x'"),

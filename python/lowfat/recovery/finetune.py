@@ -49,8 +49,8 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
     and ends with the same bits, given as many threads. on_progress(step, steps, what). ArgumentError before any work."""
     started = time.monotonic()
     task = task or task_of(model)
-    _check(task, alpha, steps=steps, learning_rate=learning_rate, batch_size=batch_size, temperature=temperature,
-           save_every=save_every)
+    _check(task, alpha, {"steps": steps, "batch_size": batch_size, "save_every": save_every},
+           learning_rate=learning_rate, temperature=temperature)
     _check_teacher(model, tokenizer, task, teacher, teacher_tokenizer)
     has_labels = task != "embedding" and (teacher is None or alpha < 1)
     label2id = _label2id(model, train, validation) if has_labels and task == "classification" else None
@@ -76,9 +76,12 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
     return report
 
 
-def _check(task: str, alpha: float, **numbers) -> None:
+def _check(task: str, alpha: float, whole: Mapping[str, int], **numbers: float) -> None:
     if task not in TASKS:
         raise ArgumentError(f"task is {task!r}; needs one of {', '.join(TASKS)}")
+    for name, value in whole.items():
+        if not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} is {value!r}; needs a whole number, at least 1")
     for name, value in numbers.items():
         if not 0 < value < math.inf:
             raise ArgumentError(f"{name} is {value}; needs a number above 0")

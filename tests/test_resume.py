@@ -1,0 +1,290 @@
+"""Jobs that are killed: the same call continues and ends with the same bits as a run that nobody disturbed.
+
+Children are forked, on one thread, so that a kill costs no import; the nightly test kills processes at random moments."""
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowfat import job, storage
+from lowfat.errors import ArgumentError, IntegrityError
+from lowfat.recovery import finetune
+from tiny_text import classifier, rows, tokenizer
+
+
+def dense_model(folder):
+    torch.manual_seed(0)
+    classifier().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def run_factorize(work, **changes):
+    options = {"method": "whitened", "ratio": 0.5, "policy": "allocated", "rows": rows(24), "max_length": 12} | changes
+    return job.factorize_folder(work / "dense", work / "out", **options)
+
+
+def run_finetune(work, **changes):
+    options = {"steps": 6, "batch_size": 4, "max_length": 12, "save_every": 2, "seed": 3} | changes
+    train = options.pop("rows", rows(10))  # 24 examples of 10 rows: the passes end within batches
+    model, tok = job.open_model(options.pop("model", work / "dense"))
+    return finetune(model, train, tokenizer=tok, out=work / "out", **options)
+
+
+JOBS = {"factorize": run_factorize, "finetune": run_finetune}
+
+
+def forked(call, timeout_s=30.0):
+    """How a child process that makes the call ends: 0, or minus the signal."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            call()
+            code = 0
+        finally:
+            os._exit(code)  # without pytest's own end
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError(f"the child did not end within {timeout_s} s")
+
+
+def with_stage(stage, call):
+    """Makes the call with another storage.stage, under every name it was imported by. For children: nothing is put back."""
+    original = storage.stage
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("lowfat") and vars(module).get("stage") is original:
+            module.stage = stage
+    call()
+
+
+def stages_of(call, log):
+    """The names of the stages that a call passes, in a child."""
+    with open(log, "w") as file:
+        assert forked(lambda: with_stage(lambda name: print(name, file=file, flush=True), call)) == 0
+    return Path(log).read_text().splitlines()
+
+
+def dying(count, call):
+    """Makes the call in a child that kills itself at its count-th stage; how the child ended."""
+    left = [count]
+
+    def stage(name):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return forked(lambda: with_stage(stage, call))
+
+
+def result(work):
+    """{file: SHA-256} of the result, which must be all there is beside the dense model."""
+    left = sorted(path.name for path in work.iterdir() if path.name not in ("dense", "out", "log"))
+    assert not left, left
+    return digests(work / "out")
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def where(stages, name):
+    """Number of the stage, from 1; "last S5" is the S5 of the result, "S5" that of the first folder written."""
+    if name.startswith("last "):
+        return len(stages) - stages[::-1].index(name.removeprefix("last "))
+    return stages.index(name) + 1
+
+
+POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5", "S6", "saved", "progress removal"],
+          "finetune": ["step 1", "step 3", "S2", "S6", "step 6", "last S3", "last S6", "progress removal"]}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_killed_at_a_stage(tmp_path, name):
+    dense_model(tmp_path / "dense")
+    run = partial(JOBS[name], tmp_path)
+    stages = stages_of(run, tmp_path / "log")
+    expected = result(tmp_path)
+    for point in POINTS[name]:
+        shutil.rmtree(tmp_path / "out")
+        assert dying(where(stages, point), run) == -signal.SIGKILL
+        assert forked(run) == 0, point
+        assert result(tmp_path) == expected, point
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_killed_again_and_again(tmp_path, name):
+    """Twelve stages an attempt: more than saving a training state takes, fewer than the job, which still gets done."""
+    dense_model(tmp_path / "dense")
+    run = partial(JOBS[name], tmp_path)
+    assert forked(run) == 0
+    expected = result(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    for attempt in range(10):
+        if (code := dying(12, run)) == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert code == 0 and attempt > 0
+    assert result(tmp_path) == expected
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_overwrite_survives_a_kill_between_the_renames(tmp_path, name):
+    """The old result is aside and the new one not yet there: neither is lost."""
+    dense_model(tmp_path / "dense")
+    run = partial(JOBS[name], tmp_path, overwrite=True)
+    assert forked(run) == 0
+    expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}}[name]
+    assert forked(partial(run, **other)) == 0
+    old = result(tmp_path)
+    assert old != expected
+    shutil.copytree(tmp_path / "out", tmp_path / "dense" / "old")
+    stages = stages_of(run, tmp_path / "log")
+    shutil.rmtree(tmp_path / "out")
+    shutil.move(tmp_path / "dense" / "old", tmp_path / "out")
+    assert dying(where(stages, "last aside"), run) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    storage.restore(tmp_path / "out")  # what every reader does first
+    assert digests(tmp_path / "out") == old
+    assert forked(run) == 0 and result(tmp_path) == expected
+
+
+CHANGES = {
+    "factorize": {"options.ratio": {"ratio": 0.4}, "options.policy": {"policy": "per_matrix"}, "rows": {"rows": rows(23)},
+                  "options.max_length": {"max_length": 10}, "options.method": {"method": "svd"}},
+    "finetune": {"options.learning_rate": {"learning_rate": 2e-4}, "options.seed": {"seed": 4}, "data": {"rows": rows(9)},
+                 "options.steps": {"steps": 7}, "options.autocast": {"autocast": False}},
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_changed_job_is_refused_by_the_name_of_the_change(tmp_path, name):
+    dense_model(tmp_path / "dense")
+    base = {"autocast": True} if name == "finetune" else {}
+    run = partial(JOBS[name], tmp_path, **base)
+    assert dying(9, run) == -signal.SIGKILL
+    kept = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    for key, change in CHANGES[name].items():
+        with pytest.raises(ArgumentError, match=rf"{re.escape(key)} was .*, is now "):
+            JOBS[name](tmp_path, **(base | change))
+    with torch.no_grad():
+        model, _ = job.open_model(tmp_path / "dense")
+        model.classifier.bias += 1
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ArgumentError, match="model.* was .*, is now "):
+        run()
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == kept
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_at_once(tmp_path, name):
+    """The second is told; the first goes on."""
+    dense_model(tmp_path / "dense")
+    seen = []
+
+    def stage(stage_name):
+        if not seen:
+            with pytest.raises(ArgumentError, match="another process is at work on it"):
+                JOBS[name](tmp_path)
+            seen.append(stage_name)
+
+    def both():
+        with_stage(stage, partial(JOBS[name], tmp_path))
+        assert seen
+
+    assert forked(both) == 0
+
+
+def test_a_damaged_training_state_is_reported(tmp_path):
+    dense_model(tmp_path / "dense")
+    run = partial(run_finetune, tmp_path)
+    assert dying(where(stages_of(run, tmp_path / "log"), "step 3"), partial(run, overwrite=True)) == -signal.SIGKILL
+    state = next(tmp_path.glob(".out.training/step-*/state.safetensors"))
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    with pytest.raises(IntegrityError, match="state.safetensors"):
+        run(overwrite=True)
+    state.write_bytes(content[:1000])
+    with pytest.raises(IntegrityError, match="state.safetensors"):
+        run(overwrite=True)
+
+
+def test_every_random_generator_is_restored(tmp_path):
+    """Dropout draws from torch; Python's and numpy's are drawn by hand, as a data pipeline would."""
+    import numpy
+    from lowfat.recovery.training_state import restore_rng, rng_state
+
+    random.seed(5), numpy.random.seed(6), torch.manual_seed(7)
+    numpy.random.normal()  # leaves a second gauss behind
+    random.gauss(0, 1)
+    tensors, state = rng_state()
+    storage.write_tensors(tmp_path / "rng.safetensors", tensors)
+    storage.write_json(tmp_path / "rng.json", state)
+
+    def draws():
+        return [random.random(), random.gauss(0, 1), numpy.random.normal(), numpy.random.rand(), torch.rand(3).tolist()]
+
+    expected = draws()
+    restore_rng(storage.read_tensors(tmp_path / "rng.safetensors"), storage.read_json(tmp_path / "rng.json"))
+    assert draws() == expected
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", JOBS)
+def test_killed_at_random_moments(tmp_path, name):
+    """Real processes, SIGKILL from outside, milliseconds after a random stage, in 18 of 20 past the first layer."""
+    dense_model(tmp_path / "dense")
+    assert real_process(name, tmp_path).wait() == 0
+    expected, total = result(tmp_path), len((tmp_path / "log").read_text().splitlines())
+    seed = int(os.environ.get("LOWFAT_SEED", random.randrange(10**6)))
+    print(f"\nLOWFAT_SEED={seed}   {name}   {total} stages")
+    moments = random.Random(seed)
+    first = (tmp_path / "log").read_text().splitlines().index("layer 1" if name == "factorize" else "S7") + 1
+    for number in range(20):
+        shutil.rmtree(tmp_path / "out")
+        (tmp_path / "log").unlink()
+        after, delay_s = moments.randrange(0 if number < 2 else first, total), moments.random() * 0.02
+        process = real_process(name, tmp_path)
+        while process.poll() is None and count_lines(tmp_path / "log") < after:
+            time.sleep(0.0005)
+        time.sleep(delay_s)
+        process.kill()
+        code, log = process.wait(), (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
+        left = sorted(path.name for path in tmp_path.glob(".out.*/*"))
+        assert real_process(name, tmp_path).wait() == 0
+        same = result(tmp_path) == expected
+        print(f"{number + 1:2}  killed {'after ' + log[-1] if log else 'before the first stage':22} (stage {len(log):2}) "
+              f"{'had ended' if code == 0 else ''} {len(left):2} entries kept, {'same digests' if same else 'DIFFERENT'}")
+        assert same
+
+
+def real_process(name, work):
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, __file__, name, str(work)], **quiet)
+
+
+def count_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with open(Path(sys.argv[2]) / "log", "a") as log:
+        with_stage(lambda name: print(name, file=log, flush=True), partial(JOBS[sys.argv[1]], Path(sys.argv[2])))
