@@ -2,11 +2,14 @@
 #include "low_rank/low_rank.h"
 
 #include <memory>
+#include <string>
 #include <tuple>
 
 #include "host/call_counter.h"
 #include "host/tensor.h"
 #ifdef LOWFAT_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
 #include "host/cuda_stream.h"
 #endif
 
@@ -15,9 +18,14 @@ namespace low_rank {
 namespace {
 
 CallCounter decode_calls("low_rank", "cpu", "decode"), library_calls("low_rank", "cpu", "library");
+#ifdef LOWFAT_CUDA
+CallCounter cuda_decode_calls("low_rank", "cuda", "decode"), cuda_library_calls("low_rank", "cuda", "library");
+#endif
 
 struct Sizes {
   int64_t m, n, k, r;
+  Kind kind;  // of every tensor
+  Dtype dtype;
 };
 
 struct Result {
@@ -30,27 +38,15 @@ Sizes check(const Tensor& x, const Tensor& v, const Tensor& u, const std::option
   STD_TORCH_CHECK(x.dim() >= 1, "low_rank: x has no dimensions, must be [..., k]");
   STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, "low_rank: v has ", v.dim(), " and u ", u.dim(),
                   " dimensions, must be [r, k] and [n, r]");
-  const Sizes s{rows_of(x), u.size(0), v.size(1), v.size(0)};
+  const Kind kind = kind_of(x);
+  const Sizes s{rows_of(x), u.size(0), v.size(1), v.size(0), kind, dtype_of(kind)};
   STD_TORCH_CHECK(x.size(x.dim() - 1) == s.k, "low_rank: x has ", x.size(x.dim() - 1), " features, v has ", s.k);
   STD_TORCH_CHECK(u.size(1) == s.r, "low_rank: u has rank ", u.size(1), ", v has rank ", s.r);
-  const auto check_like_x = [&](const char* name, const Tensor& t) {
-    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "low_rank: ", name, " and x have different dtypes");
-    STD_TORCH_CHECK(t.device() == x.device(), "low_rank: ", name, " and x are on different devices");
-  };
-  check_like_x("v", v);
-  check_like_x("u", u);
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.n, "low_rank: bias must be [", s.n, "], the rows of u");
-    check_like_x("bias", *bias);
-  }
-  STD_TORCH_CHECK(dtype_of(x) != Dtype::other, "low_rank: x must be float64, float32, float16 or bfloat16");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.n), "low_rank: bias must be [", s.n, "], the rows of u");
+  STD_TORCH_CHECK(kind_of(v) == kind && kind_of(u) == kind && (!bias || kind_of(*bias) == kind),
+                  "low_rank: x, v, u and bias must have one dtype (or use autocast) and be on one device");
+  STD_TORCH_CHECK(s.dtype != Dtype::other, "low_rank: x must be float64, float32, float16 or bfloat16");
   return s;
-}
-
-Result library(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
-  Tensor h = library_linear(x, v);
-  Tensor y = library_linear(h, u, bias);
-  return {std::move(y), std::move(h)};
 }
 
 CpuKernel cpu_kernel([[maybe_unused]] CpuLevel level, Dtype dtype, [[maybe_unused]] int64_t m) {
@@ -73,36 +69,49 @@ void multiply(const CpuKernel& kernel, Product product, int64_t grain) {
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) { kernel.multiply(product, first, last); });
 }
 
-Result forward_cpu(const Tensor& x_any, const Tensor& v_any, const Tensor& u_any, const std::optional<Tensor>& bias_any,
-                   bool keep_h) {
-  const Sizes s = check(x_any, v_any, u_any, bias_any);
-  const Dtype dtype = dtype_of(x_any);
-  const Config config = choose_config({s.m, s.n, s.k, s.r, dtype, Device::cpu, cpu_level()});
+// The same bits for every layout of the same values, on whichever path.
+struct Arguments {
+  Tensor x, v, u;
+  std::optional<Tensor> bias;
+
+  Arguments(const Tensor& x_any, const Tensor& v_any, const Tensor& u_any, const std::optional<Tensor>& bias_any)
+      : x(as_contiguous(x_any)), v(as_contiguous(v_any)), u(as_contiguous(u_any)) {
+    if (bias_any) bias = as_contiguous(*bias_any);
+  }
+
+  Product first(const Sizes& s, void* h) const {
+    return {x.const_data_ptr(), v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, u.const_data_ptr()};
+  }
+  Product second(const Sizes& s, const void* h, void* y) const {
+    return {h, u.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, y, s.m, s.r, s.n, nullptr};
+  }
+};
+
+Result library(const Arguments& in) {
+  Tensor h = library_linear(in.x, in.v);
+  Tensor y = library_linear(h, in.u, in.bias);
+  return {std::move(y), std::move(h)};
+}
+
+Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, bool keep_h) {
+  const Sizes s = check(x, v, u, bias);
+  const Arguments in(x, v, u, bias);
+  const Config config = choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cpu, cpu_level()});
   if (config.path == Path::library) {
     library_calls.count();
-    return library(x_any, v_any, u_any, bias_any);
+    return library(in);
   }
-  const Tensor x = as_contiguous(x_any), v = as_contiguous(v_any), u = as_contiguous(u_any);
-  std::optional<Tensor> bias;
-  if (bias_any) bias = as_contiguous(*bias_any);
-  Result result{empty_rows(x, s.n), std::nullopt};
-  if (keep_h) result.h = empty_rows(x, s.r);
-  if (s.m == 0) return result;
-  decode_calls.count();
+  Result result{empty_rows(in.x, s.kind, s.n), std::nullopt};
+  if (keep_h) result.h = empty_rows(in.x, s.kind, s.r);
+  if (config.path == Path::empty) return result;
 
+  decode_calls.count();
   std::unique_ptr<char[]> h_inside;
-  void* h = nullptr;
-  if (keep_h) {
-    h = result.h->mutable_data_ptr();
-  } else {
-    h_inside.reset(new char[static_cast<size_t>(s.m * s.r * 4)]);
-    h = h_inside.get();
-  }
-  const CpuKernel kernel = cpu_kernel(cpu_level(), dtype, s.m);
-  const void* u_data = u.const_data_ptr();
-  multiply(kernel, {x.const_data_ptr(), v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, u_data}, config.first_grain);
-  multiply(kernel, {h, u_data, bias ? bias->const_data_ptr() : nullptr, result.y.mutable_data_ptr(), s.m, s.r, s.n, nullptr},
-           config.second_grain);
+  if (!keep_h) h_inside.reset(new char[static_cast<size_t>(s.m * s.r * 4)]);
+  void* h = keep_h ? result.h->mutable_data_ptr() : h_inside.get();
+  const CpuKernel kernel = cpu_kernel(cpu_level(), s.dtype, s.m);
+  multiply(kernel, in.first(s, h), config.first_grain);
+  multiply(kernel, in.second(s, h, result.y.mutable_data_ptr()), config.second_grain);
   return result;
 }
 
@@ -116,6 +125,43 @@ std::tuple<Tensor, Tensor> low_rank_training_cpu(const Tensor& x, const Tensor& 
   return {std::move(result.y), std::move(*result.h)};
 }
 
+#ifdef LOWFAT_CUDA
+
+void launch(const Product& product, Dtype dtype, void* stream) {
+  const char* error = launch_decode(product, dtype, stream);
+  if (!error) return;
+  std::string archs;
+  for (const std::string& arch : compiled_cuda_archs()) archs += " " + arch;
+  STD_TORCH_CHECK(false, "low_rank: ", error, "; built for", archs, ", this device is sm_", device_arch());
+}
+
+std::tuple<Tensor, Tensor> low_rank_training_cuda(const Tensor& x, const Tensor& v, const Tensor& u,
+                                                  const std::optional<Tensor>& bias) {
+  const Sizes s = check(x, v, u, bias);
+  const torch::stable::accelerator::DeviceGuard guard(s.kind.device_index);
+  const Arguments in(x, v, u, bias);
+  const Config config = choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar});
+  if (config.path == Path::library) {
+    cuda_library_calls.count();
+    Result result = library(in);
+    return {std::move(result.y), std::move(*result.h)};
+  }
+  Tensor y = empty_rows(in.x, s.kind, s.n), h = empty_rows(in.x, s.kind, s.r);
+  if (config.path == Path::empty) return {std::move(y), std::move(h)};
+
+  cuda_decode_calls.count();
+  void* stream = current_cuda_stream(s.kind.device_index);
+  launch(in.first(s, h.mutable_data_ptr()), s.dtype, stream);
+  launch(in.second(s, h.const_data_ptr(), y.mutable_data_ptr()), s.dtype, stream);
+  return {std::move(y), std::move(h)};
+}
+
+Tensor low_rank_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
+  return std::get<0>(low_rank_training_cuda(x, v, u, bias));
+}
+
+#endif
+
 }  // namespace
 }  // namespace low_rank
 
@@ -123,3 +169,10 @@ STABLE_TORCH_LIBRARY_IMPL(lowfat, CPU, m) {
   m.impl("low_rank", TORCH_BOX(&low_rank::low_rank_cpu));
   m.impl("low_rank_training", TORCH_BOX(&low_rank::low_rank_training_cpu));
 }
+
+#ifdef LOWFAT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) {
+  m.impl("low_rank", TORCH_BOX(&low_rank::low_rank_cuda));
+  m.impl("low_rank_training", TORCH_BOX(&low_rank::low_rank_training_cuda));
+}
+#endif

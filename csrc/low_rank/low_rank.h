@@ -21,14 +21,14 @@ struct Config {
 
 Config choose_config(const Problem& problem);
 
-// One product of the chain on the CPU: y = x w^T + bias, rounded once.
+// One product of the chain: y = x w^T + bias, rounded once.
 struct Product {
-  const void* x;     // [m, depth], prepared
+  const void* x;     // [m, depth]; on the CPU prepared
   const void* w;     // [rows, depth]
   const void* bias;  // [rows] or null
   void* y;           // [m, rows]
   int64_t m, depth, rows;
-  const void* then;  // what is read after w, prefetched towards the end of it; or null
+  const void* then;  // CPU: what is read after w, prefetched towards the end of it; or null
 };
 
 // One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone, so the
@@ -43,5 +43,9 @@ struct CpuKernel {
 CpuKernel cpu_kernel_scalar(Dtype dtype);
 CpuKernel cpu_kernel_avx2(Dtype dtype);
 CpuKernel cpu_kernel_avx512(Dtype dtype, int64_t m);
+
+// GPU, m <= kDecodeRows. Returns null, or what CUDA says is wrong.
+const char* launch_decode(const Product& product, Dtype dtype, void* stream);
+int device_arch();  // 80 for compute capability 8.0
 
 }  // namespace low_rank
