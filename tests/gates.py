@@ -65,11 +65,13 @@ class Chain:
     mids: list[Tensor]  # sqrt(h^2 W^2) for every stored intermediate h and the factor W that it enters
     magnitude: Tensor  # |x| |F1| ... |Fp| + |bias|
     length: int
+    roundings: int  # of the intermediate with the fewest elements, or of the result
 
 
 def chain(first: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Chain:
     """The chain first @ F1 @ F2 ... + bias in fp64."""
     y, magnitude, mids, length = first.double(), first.double().abs(), [], 0
+    roundings = []
     for i, factor in enumerate(factors):
         factor = factor.double()
         if i > 0:
@@ -77,9 +79,10 @@ def chain(first: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Chain:
             mids.append((y.square() @ factor.square()).sqrt())
         length += factor.shape[0]
         y, magnitude = y @ factor, magnitude @ factor.abs()
+        roundings.append(y.numel())
     if bias is not None:
         y, magnitude = y + bias.double(), magnitude + bias.double().abs()
-    return Chain(y, mids, magnitude, length)
+    return Chain(y, mids, magnitude, length, min(roundings))
 
 
 def norm_gate(y: Tensor, framework: Tensor, y64: Tensor, factor: float = 1.25) -> bool:
@@ -120,7 +123,9 @@ def failed_gates(y: Tensor, framework: Tensor, known: Chain, mid: torch.dtype | 
     if y.numel() == 0:
         return []
     passed = {"G3": element_gate(y, known, mid), "mistrusted": (known.y64 == 0).double().mean() <= 0.3}
-    if y.dtype != torch.float64:  # there y64 is no better than y: comparing two errors against it would compare noise
+    # G1 and G2 compare with the framework's luck. In fp64 that is noise, as y64 is no better than y; and a middle of a few
+    # numbers may by chance be all but exact there, which made right fp32 results with r = 1, m = 1 fail G2.
+    if y.dtype != torch.float64 and known.roundings >= 32:
         passed |= {"G1": norm_gate(y, framework, known.y64), "G2": max_gate(y, framework, known.y64)}
     return [name for name, ok in passed.items() if not ok]
 

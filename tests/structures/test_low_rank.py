@@ -236,7 +236,7 @@ def test_merged_is_the_concatenation_and_the_sum(scale, dtype):
     x = torch.randn(40, 24).to(dtype)
     base, update = gates.chain(x, layer.v.T, layer.u.T, bias=layer.bias), gates.chain(x, v.T, (scale * u).T)
     total = gates.Chain(base.y64 + update.y64, [*base.mids, *update.mids], base.magnitude + update.magnitude,
-                        base.length + update.length)
+                        base.length + update.length, min(base.roundings, update.roundings))
     assert gates.failed_gates(merged(x), linear_in_two(layer, x) + linear(linear(x, v), scale * u), total) == []
     merged.v.zero_()
     assert same_bits(layer, before)
