@@ -19,7 +19,7 @@ def describe(folder: Path, files: list[Path], facts: dict) -> str:
     """The manifest of `files` in `folder` as text. It ends with a digest of itself, so that no edit goes unseen."""
     manifest = {"format": FORMAT, "files": {}, "tensors": {}, "facts": facts}
     for path in files:
-        name = path.relative_to(folder).as_posix()
+        name = plain_path(path.relative_to(folder).as_posix(), str(folder))  # write nothing that the reader refuses
         manifest["files"][name] = {"bytes": os.path.getsize(path), "sha256": digest(path)}
         if path.suffix == ".safetensors":
             manifest["tensors"][name] = {

@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -68,26 +68,27 @@ def write_folder(target: str | os.PathLike, fill: Callable[[Path], None], *, ove
     files of the folder being replaced move to the new one, outside the manifest; given, any folder is replaced.
     After any error `target` is what it was. Raises ArgumentError if it cannot be written, StorageError for a failing disk.
     """
-    restore(target)
-    path = check_target(target, overwrite or keep is not None, size=size, foreign=keep is not None)
-    _clean(path)
-    with _disk(target), _temporary(path) as temp:
-        stage("S1")
-        fill(temp)
-        stage("S2")
-        files = sorted(file for file in temp.rglob("*") if not file.is_dir())
-        if keep is not None:
-            _carry(path, temp, keep)
-        for file in files:
-            _sync(file)
-        stage("S3")
-        _write_text(temp / manifest.NAME, manifest.describe(temp, files, facts or {}))
-        stage("S4")
-        _sync(temp / manifest.NAME)
-        for folder in (*(found for found in temp.rglob("*") if found.is_dir()), temp):
-            _sync(folder)
-        stage("S5")
-        _swap(temp, path, replace=overwrite or keep is not None)
+    with _disk(target):
+        restore(target)
+        path = check_target(target, overwrite or keep is not None, size=size, foreign=keep is not None)
+        _clean(path)
+        with _temporary(path) as temp:
+            stage("S1")
+            fill(temp)
+            stage("S2")
+            files = sorted(file for file in temp.rglob("*") if not file.is_dir())
+            if keep is not None:
+                _carry(path, temp, keep)
+            for file in files:
+                _sync(file)
+            stage("S3")
+            _write_text(temp / manifest.NAME, manifest.describe(temp, files, facts or {}))
+            stage("S4")
+            _sync(temp / manifest.NAME)
+            for folder in (*(found for found in temp.rglob("*") if found.is_dir()), temp):
+                _sync(folder)
+            stage("S5")
+            _swap(temp, path, replace=overwrite or keep is not None)
 
 
 def write_json(path: str | os.PathLike, value) -> None:
@@ -171,13 +172,14 @@ def _write_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise ArgumentError(f"{path}: the folder {target.parent} does not exist")
-    _clean(target)
-    with _disk(path), _temporary(target) as temp:
-        write(temp / target.name)
-        _sync(temp / target.name)
-        os.replace(temp / target.name, target)
-        os.rmdir(temp)
-        _sync(target.parent)
+    with _disk(path):
+        _clean(target)
+        with _temporary(target) as temp:
+            write(temp / target.name)
+            _sync(temp / target.name)
+            os.replace(temp / target.name, target)
+            os.rmdir(temp)
+            _sync(target.parent)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -261,7 +263,8 @@ def _claim(folder: Path):
             ours = _process_gone(folder)
         yield ours
     finally:
-        os.close(handle)
+        with suppress(OSError):  # nothing was written through it
+            os.close(handle)
 
 
 def _process_gone(folder: Path) -> bool:
@@ -285,7 +288,6 @@ def _disk(target: str | os.PathLike):
 
     try:
         yield
-    except StorageError:
-        raise
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"{target}: not written, what was there before is unchanged: {error}") from error
+        reason = error.__cause__ or error if isinstance(error, StorageError) else error  # of a file inside this folder
+        raise StorageError(f"{target}: could not be written: {reason}; nothing is left half-written") from reason
