@@ -29,8 +29,8 @@ def check_torch(minimum: str) -> None:
     """Raise CompatibilityError for a torch that lacks functions the library calls: said here, not as an undefined symbol."""
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < tuple(int(part) for part in minimum.split(".")):
-        raise CompatibilityError(f"lowfat's kernels were built for torch >= {minimum}, found {torch.__version__}; install a newer "
-                                 "torch, or set LOWFAT_DISABLE_KERNELS=1 to run without them")
+        raise CompatibilityError(f"lowfat's kernels were built for torch >= {minimum}, found {torch.__version__}; "
+                                 "install a newer torch, or set LOWFAT_DISABLE_KERNELS=1 to run without them")
 
 
 def find_library() -> Path | None:
@@ -41,32 +41,35 @@ def find_library() -> Path | None:
     return None
 
 
-def _load():
+def load() -> tuple[Path | None, object | None, str | None]:
+    """The library's path and the module _C, or neither and why not."""
     if not check_environment():
-        return None, None
+        return None, None, "LOWFAT_DISABLE_KERNELS=1"
     path = find_library()
     if path is None:
-        return None, _missing(f"no compiled library in {' or '.join(map(str, sys.modules[__package__].__path__))}")
+        return _missing(f"no compiled library in {' or '.join(map(str, sys.modules[__package__].__path__))}")
     try:
         module = importlib.import_module(f"{__package__}._C")
     except ImportError as error:
         found = f"Python {sys.version_info.major}.{sys.version_info.minor}"
-        return None, _missing(f"{path.parent} holds no module _C that {found} can load ({error}); install lowfat again", error)
+        return _missing(f"{path.parent} holds no module _C that {found} can load ({error})", error)
     check_torch(module.build_info()["torch_minimum"])
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return None, _missing(f"{path} does not load with torch {torch.__version__}: {error}", error)
-    return path, module
+        return _missing(f"{path} does not load with torch {torch.__version__} ({error})", error)
+    return path, module, None
 
 
-def _missing(reason: str, error: Exception | None = None) -> None:
-    warning = RuntimeWarning(f"lowfat: {reason}; the reference path is in use (slower, same results)")
+def _missing(reason: str, error: Exception | None = None) -> tuple[None, None, str]:
+    warning = RuntimeWarning(f"lowfat: {reason}; the reference path is in use: same results, slower. Install lowfat again, "
+                             "or set LOWFAT_DISABLE_KERNELS=1")
     warning.__cause__ = error
-    warnings.warn(warning, stacklevel=2)
+    warnings.warn(warning, stacklevel=3)
+    return None, None, reason
 
 
-library_path, native = _load()  # both None where there are no kernels
+library_path, native, why_not = load()
 
 
 def kernels() -> dict[str, dict[str, list[str]]]:
