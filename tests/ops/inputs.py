@@ -13,6 +13,8 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.functional import linear
 
 import gates
@@ -216,8 +218,9 @@ def class_15_mixed_devices(op):
     for args in ((x.to("meta"), v, u), (x, v.to("meta"), u), (x, v, u.to("meta"))):
         with op.refuses(DeviceError, "is on"):
             op(*args)
-    y = op(*(t.to("meta") for t in (x, v, u, bias)))
-    assert y.shape == (2, 4, 5) and y.device.type == "meta"
+    for recorded in (False, True):
+        y = op(*(t.to("meta").requires_grad_(recorded) for t in (x, v, u, bias)))
+        assert y.shape == (2, 4, 5) and y.device.type == "meta" and y.requires_grad == recorded
 
 
 def class_16_wrong_sizes(op):
@@ -445,7 +448,7 @@ def class_38_wrong_python_types(op):
 
 
 def class_39_tensor_subclasses(op):
-    """Parameters and plain subclasses work; a sparse tensor is refused, and never taken for a dense one."""
+    """Parameters and plain subclasses work; sparse and sharded ones are refused, never taken for the whole."""
     class Marked(torch.Tensor):
         pass
 
@@ -453,11 +456,17 @@ def class_39_tensor_subclasses(op):
     expected = op(*args)
     assert torch.equal(op(*(torch.nn.Parameter(t) for t in args)), expected)
     assert torch.equal(op(*(t.as_subclass(Marked) for t in args)).as_subclass(Tensor), expected)
-    try:
-        op(args[0].to_sparse(), *args[1:])
-    except (UnsupportedError if op.named else RuntimeError):
-        return
-    raise AssertionError("a sparse tensor was accepted")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for x, *factors in ([args[0].to_sparse(), *args[1:]], [distribute_tensor(t, mesh) for t in args]):
+        for mode in (torch.no_grad(), torch.enable_grad()):
+            with mode:
+                try:
+                    op(x.requires_grad_(), *factors)
+                except (UnsupportedError if op.named else RuntimeError):
+                    continue
+                raise AssertionError(f"accepted {type(x)} {x.layout}")
+    torch.distributed.destroy_process_group()
 
 
 NOT_HERE = {

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel: that it ran, at every instruction set level, and that it reads and writes nothing beyond its tensors.
+"""The compiled CPU kernel: that it ran, at every instruction set level, and that it touches nothing beyond its tensors.
 
 `python test_low_rank_cpu.py` is the check of one level (LOWFAT_CPU_LEVEL) with every input at a guard page: reading one
 element too far ends that process."""
@@ -56,7 +56,7 @@ def _native_level(level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads(dtype):
     """T-repeat: a sum is never split differently because another thread was free. Large enough that threads are used."""
-    args = tuple(t.to(dtype) for t in (torch.randn(3, 1024), torch.randn(512, 1024), torch.randn(1536, 512), torch.randn(1536)))
+    args = tuple(torch.randn(shape).to(dtype) for shape in ((3, 1024), (512, 1024), (1536, 512), (1536,)))
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

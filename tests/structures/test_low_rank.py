@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import gates
-from lowfat.errors import ArgumentError, DeviceError, DtypeError, NumericsError, ShapeError
+from lowfat.errors import ArgumentError, DeviceError, DtypeError, NumericsError, ShapeError, UnsupportedError
 from lowfat.structures import STRUCTURES, LowRank, LowRankGroup
 
 SIZES = [(7, 5, 3), (5, 7, 5), (6, 6, 1), (1, 1, 1), (48, 33, 16)]
@@ -213,6 +213,18 @@ def test_from_dense_does_not_touch_or_share_the_weight():
 def test_from_dense_refuses_by_name(weight, arguments, error, text):
     with pytest.raises(error, match=text):
         LowRank.from_dense(weight, **arguments)
+
+
+def test_from_dense_refuses_a_shard():
+    """T-shard: a shard must never pass for the whole matrix."""
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UnsupportedError, match="weight is a DTensor.*full_tensor"):
+            LowRank.from_dense(distribute_tensor(torch.randn(5, 7), init_device_mesh("cpu", (1,))), rank=2)
+    finally:
+        destroy_process_group()
 
 
 def test_from_dense_of_zeros():

@@ -88,7 +88,7 @@ def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Ten
     try:  # the ops check their arguments: asking what was wrong only when they refuse saves a third of a small call
         if in_transform():
             return reference(x, v, u, bias)
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, v, u, bias)):
             return below_autograd(_forward, x.contiguous(), v.contiguous(), u.contiguous(), bias)
         x, v, u, bias = autocast(x, v, u, bias)
         return _recorded(x.contiguous(), v.contiguous(), u.contiguous(), bias)

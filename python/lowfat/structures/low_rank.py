@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from ..linalg import truncated_svd
 from ..ops.low_rank import low_rank
 from .structure import Structure
@@ -48,7 +48,10 @@ class LowRank(Structure):
     @torch.no_grad()
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, *, rank: int) -> "LowRank":
         """The closest rank-r matrix to weight [n, k] (Eckart and Young 1936), each singular value split evenly between the
-        factors (methods.md 0), in the weight's dtype. Raises NumericsError for NaN or infinity."""
+        factors (methods.md 0), in the weight's dtype. Raises NumericsError for NaN or infinity, UnsupportedError for
+        a sharded weight."""
+        if hasattr(weight, "full_tensor"):
+            raise UnsupportedError(f"weight is a {type(weight).__name__}, perhaps a shard; gather it with .full_tensor() first")
         if weight.dim() != 2:
             raise ShapeError(f"weight must be [out, in], found {list(weight.shape)}")
         _check_sizes(weight.shape[1], weight.shape[0], rank)
