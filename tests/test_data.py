@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from lowfat.data import IGNORED, batches, examples, label_ids, padded, read_rows, task_of
+from lowfat.data import IGNORED, batches, examples, label_ids, padded, read_rows, task_for, task_of
 from lowfat.errors import ArgumentError, FormatError
 from tiny_text import rows, tokenizer
 
@@ -52,6 +52,14 @@ def test_task_from_class_and_from_config(tiny_bert, tiny_llama, tiny_gpt2):
     assert task_of(tiny_bert.config) == "classification"
     tiny_bert.config.architectures = None
     assert task_of(tiny_bert.config) == "embedding"
+
+
+def test_a_task_without_output_is_refused(tiny_bert, tiny_llama):
+    assert task_for(tiny_llama, None) == "lm" and task_for(tiny_llama, "embedding") == "embedding"
+    with pytest.raises(ArgumentError, match="LlamaForCausalLM is a model for lm"):
+        task_for(tiny_llama, "classification")
+    with pytest.raises(ArgumentError, match="BertModel is a model for embedding"):
+        task_for(tiny_bert.bert, "classification")
 
 
 def test_labels_as_numbers_and_names():

@@ -60,6 +60,16 @@ def task_of(model) -> str:
     return "embedding"
 
 
+def task_for(model, task: str | None) -> str:
+    """The task, or without one the model's own; ArgumentError for one that the model has no output for."""
+    own = task_of(model)
+    if task not in (None, *TASKS):
+        raise ArgumentError(f"task is {task!r}; needs one of {', '.join(TASKS)}")
+    if task not in (None, own, "embedding"):  # hidden states are in every model
+        raise ArgumentError(f"task is {task!r}; {type(model).__name__} is a model for {own}")
+    return task or own
+
+
 def label_ids(rows: Sequence[Mapping], label2id: Mapping[str, int] | None = None) -> tuple[list[int], dict[str, int]]:
     """(label of every row as a number, the names used for it).
 
@@ -129,6 +139,14 @@ def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
         ids += text + end
     cut = [ids[start:start + max_length] for start in range(0, len(ids), max_length)]
     return [{"input_ids": piece, "labels": piece} if labels else {"input_ids": piece} for piece in cut]
+
+
+def check_length(found: Sequence[Mapping], model) -> None:
+    """ArgumentError for an example with more tokens than the model has positions."""
+    longest = max(len(example["input_ids"]) for example in found)
+    limit = getattr(model.config, "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise ArgumentError(f"max_length: a text has {longest} tokens, the model takes {limit}; cut them to that")
 
 
 def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.Tensor]:

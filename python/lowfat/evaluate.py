@@ -1,11 +1,11 @@
 """What a model is worth on data: accuracy, perplexity, or how well it finds the other half of a pair."""
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, MAX_LENGTH, batches, examples, padded, parts, task_of
+from .data import IGNORED, MAX_LENGTH, check_length, examples, label_ids, padded, parts, task_for
 from .errors import ArgumentError
 
 
@@ -17,10 +17,9 @@ def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = No
     classification: accuracy. lm: nats_per_token and perplexity over every token that has one before it in its piece.
     embedding: recall_at_1 and mrr of finding text_b from text_a among all text_b of the rows.
     on_progress(done, total, what) counts rows, pieces or texts."""
-    task = task or task_of(model)
-    measure = {"classification": _accuracy, "lm": _perplexity, "embedding": _retrieval}.get(task)
-    if measure is None:
-        raise ArgumentError(f"task is {task!r}; needs classification, lm or embedding")
+    task = task_for(model, task)
+    check_rows(rows, task, model)
+    measure = {"classification": _accuracy, "lm": _perplexity, "embedding": _retrieval}[task]
     was_training = model.training
     model.eval()
     try:
@@ -29,26 +28,33 @@ def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = No
         model.train(was_training)
 
 
+def check_rows(rows: Sequence[Mapping], task: str, model) -> None:
+    """ArgumentError unless the rows have what this task is measured on."""
+    if not rows:
+        raise ArgumentError("no rows to evaluate on")
+    if task == "classification":
+        label_ids(rows, model.config.label2id)
+    missing = next((number for number, row in enumerate(rows, 1) if task == "embedding" and "text_b" not in row), None)
+    if missing:
+        raise ArgumentError(f'row {missing} has no "text_b"; retrieval needs "text_a" and "text_b" in every row')
+
+
 def _accuracy(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
-    correct = done = 0
-    for batch in batches(rows, tokenizer, "classification", batch_size=batch_size, max_length=max_length,
-                         label2id=model.config.label2id):
+    correct = 0
+    found = examples(rows, tokenizer, "classification", max_length=max_length, label2id=model.config.label2id)
+    for batch in _batches(model, found, tokenizer, batch_size, "accuracy", on_progress):
         labels = batch.pop("labels")
-        correct += (_on(model, batch).logits.argmax(-1).cpu() == labels).sum().item()
-        done += len(labels)
-        _tell(on_progress, done, len(rows), "accuracy")
+        correct += (model(**batch).logits.argmax(-1) == labels).sum().item()
     return {"accuracy": correct / len(rows), "correct": correct}
 
 
 def _perplexity(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
-    nats, tokens, done = 0.0, 0, 0
+    nats, tokens = 0.0, 0
     pieces = examples(rows, tokenizer, "lm", max_length=max_length)
-    for part in parts(pieces, batch_size):
-        batch = padded(part, tokenizer)
+    for batch in _batches(model, pieces, tokenizer, batch_size, "perplexity", on_progress):
         labels = batch.pop("labels")
-        losses, count = next_token_losses(_on(model, batch).logits, labels)
-        nats, tokens, done = nats + losses.double().sum().item(), tokens + count, done + len(part)
-        _tell(on_progress, done, len(pieces), "perplexity")
+        losses, count = next_token_losses(model(**batch).logits, labels)
+        nats, tokens = nats + losses.double().sum().item(), tokens + count
     if not tokens:
         raise ArgumentError("the texts have fewer than two tokens; perplexity needs a token to predict")
     return {"nats_per_token": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
@@ -62,9 +68,6 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch
 
 
 def _retrieval(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
-    for number, row in enumerate(rows, 1):
-        if "text_b" not in row:
-            raise ArgumentError(f'row {number} has no "text_b"; retrieval needs "text_a" and "text_b" in every row')
     count = len(rows)
     texts = [row["text_a"] for row in rows] + [row["text_b"] for row in rows]
     found = embed(model, tokenizer, texts, batch_size=batch_size, max_length=max_length, on_progress=on_progress)
@@ -85,18 +88,14 @@ def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_l
     """Mean of the last hidden states over the tokens of each text, fp32 on the CPU.    [N, d]"""
     found = examples([{"text": text} for text in texts], tokenizer, "embedding", max_length=max_length)
     order = sorted(range(len(found)), key=lambda index: len(found[index]["input_ids"]))  # like lengths need no padding
-    was_training, out = model.training, None
+    was_training = model.training
     model.eval()
     try:
-        for number, part in enumerate(parts(order, batch_size)):
-            batch = padded([found[index] for index in part], tokenizer)
-            states = pooled(model, {name: value.to(model.device) for name, value in batch.items()}).cpu()
-            out = torch.empty(len(texts), states.shape[-1]) if out is None else out
-            out[part] = states
-            _tell(on_progress, number * batch_size + len(part), len(texts), "embedding")
+        shuffled = _batches(model, [found[index] for index in order], tokenizer, batch_size, "embedding", on_progress)
+        states = torch.cat([pooled(model, batch).cpu() for batch in shuffled])
     finally:
         model.train(was_training)
-    return out
+    return torch.empty_like(states).index_copy_(0, torch.tensor(order), states)
 
 
 def pooled(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -106,10 +105,9 @@ def pooled(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return (states * mask).sum(1) / mask.sum(1)
 
 
-def _on(model, batch):
-    return model(**{name: value.to(model.device) for name, value in batch.items()})
-
-
-def _tell(on_progress, done: int, total: int, what: str) -> None:
-    if on_progress:
-        on_progress(done, total, what)
+def _batches(model, found: list[dict], tokenizer, batch_size: int, what: str, on_progress) -> Iterator[dict]:
+    check_length(found, model)
+    for number, part in enumerate(parts(found, batch_size)):
+        yield padded(part, tokenizer, model.device)
+        if on_progress:
+            on_progress(number * batch_size + len(part), len(found), what)

@@ -8,7 +8,7 @@ import torch
 from . import progress, storage
 from .calibrate import calibrate
 from .checkpoint import load, save
-from .data import MAX_LENGTH, batches, task_of
+from .data import MAX_LENGTH, check_length, examples, padded, parts, task_for, task_of
 from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
 from .factorize import Report, check_weights, factorize
 from .layers import factorizable
@@ -45,7 +45,7 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     model, tokenizer = open_model(folder, task=task, device=device)
     plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
     check_weights(factorizable(model, layers))
-    data = rows and _batches(model, tokenizer, rows, task or task_of(model), needs, batch_size, max_length)
+    data = rows and _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
     with progress.progress(states, fingerprint):
         try:
             stats = data and calibrate(model, data, layers=layers, fisher=_fisher(needs, arguments),
@@ -118,9 +118,9 @@ def _files(folder: Path) -> dict[str, str]:
 def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:
     if "fisher" in needs and task == "embedding":
         raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
-    label2id = model.config.label2id if task == "classification" else None
-    return batches(rows, tokenizer, task, batch_size=batch_size, max_length=max_length, labels="fisher" in needs,
-                   label2id=label2id, device=model.device)
+    found = examples(rows, tokenizer, task, max_length=max_length, labels="fisher" in needs, label2id=model.config.label2id)
+    check_length(found, model)
+    return [padded(part, tokenizer, model.device) for part in parts(found, batch_size)]
 
 
 def _fisher(needs, arguments: Mapping) -> str | bool:

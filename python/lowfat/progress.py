@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import storage
-from .errors import ArgumentError
+from .errors import ArgumentError, CompatibilityError, FormatError, IntegrityError
 
 FINGERPRINT, LOCK = "fingerprint.json", "lock"
 
@@ -63,8 +63,10 @@ def _short(value) -> str:
 def holds_result(out: str | Path, fingerprint: Mapping) -> bool:
     """Whether `out` is the complete result of the job with this fingerprint, written with facts={"job": fingerprint}."""
     storage.restore(out)
-    manifest = storage.read_manifest(out) if Path(out, "manifest.json").is_file() else {"facts": {}}
-    return manifest["facts"].get("job") == _plain(fingerprint)
+    try:
+        return storage.read_manifest(out)["facts"].get("job") == _plain(fingerprint)
+    except (IntegrityError, FormatError, CompatibilityError):  # nothing there, or somebody else's
+        return False
 
 
 def _plain(fingerprint: Mapping) -> dict:

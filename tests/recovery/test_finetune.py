@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 import lowfat
 from lowfat.data import batches
-from lowfat.errors import ArgumentError, NumericsError
+from lowfat.errors import ArgumentError, DeviceError, NumericsError
 from lowfat.evaluate import embed, evaluate
 from lowfat.progress import tensors_digest
 from lowfat.recovery import STRATEGIES, finetune
@@ -215,6 +215,8 @@ def test_training_that_explodes_stops():
     ({"task": "poetry"}, "task is 'poetry'"), ({"task": "embedding"}, "teacher is missing"), ({"data": []}, "no rows"),
     ({"data": [{"text": "a"}]}, 'row 1 has no "label"'), ({"validation": [{"text": "a"}]}, 'no "label"'),
     ({"validation": [{"text": "a", "label": 2}]}, "label 2"), ({"out": "missing/out"}, "does not exist"),
+    ({"data": [{"text": "cat " * 50, "label": 0}], "max_length": 99}, "52 tokens, the model takes 40"),
+    ({"task": "lm"}, "BertForSequenceClassification is a model for classification"), ({"validation": []}, "no rows"),
 ])
 def test_bad_arguments_are_named_before_any_work(tmp_path, change, message):
     model = classifier()
@@ -224,8 +226,15 @@ def test_bad_arguments_are_named_before_any_work(tmp_path, change, message):
     assert digest(model) == before and not list(tmp_path.iterdir())
 
 
+def test_a_frozen_model_is_refused():
+    with pytest.raises(ArgumentError, match="every parameter is frozen"):
+        train(classifier().requires_grad_(False))
+
+
 def test_a_teacher_that_does_not_fit_is_named():
     model = classifier()
+    with pytest.raises(DeviceError, match="teacher is on meta, the model on cpu"):
+        train(model, teacher=classifier().to("meta"))
     with pytest.raises(ArgumentError, match="teacher is the model"):
         train(model, teacher=model)
     other = tokenizer()

@@ -3,15 +3,16 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from .. import progress, storage
-from ..data import MAX_LENGTH, TASKS, examples, label_ids, padded, task_of
-from ..errors import ArgumentError
-from ..evaluate import evaluate
+from ..data import MAX_LENGTH, check_length, examples, label_ids, padded, task_for
+from ..errors import ArgumentError, DeviceError
+from ..evaluate import check_rows, evaluate
 from ..structures import STRUCTURES
 from .objective import Objective
 
@@ -48,14 +49,19 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
     With out, the training state goes to .NAME.training beside it every save_every steps: the same call continues from there
     and ends with the same bits, given as many threads. on_progress(step, steps, what). ArgumentError before any work."""
     started = time.monotonic()
-    task = task or task_of(model)
-    _check(task, alpha, {"steps": steps, "batch_size": batch_size, "save_every": save_every},
-           learning_rate=learning_rate, temperature=temperature)
-    _check_teacher(model, tokenizer, task, teacher, teacher_tokenizer)
-    has_labels = task != "embedding" and (teacher is None or alpha < 1)
-    label2id = _label2id(model, train, validation) if has_labels and task == "classification" else None
-    data = examples(train, tokenizer, task, max_length=max_length, labels=has_labels, label2id=label2id)
+    task = task_for(model, task)
+    _check(alpha, {"steps": steps, "batch_size": batch_size, "save_every": save_every}, learning_rate=learning_rate,
+           temperature=temperature)
+    _check_models(model, tokenizer, task, teacher, teacher_tokenizer)
     autocast = _autocast(autocast, model.device)
+    has_labels = task != "embedding" and (teacher is None or alpha < 1)
+    label2id = label_ids(train, model.config.label2id)[1] if has_labels and task == "classification" else None
+    data = examples(train, tokenizer, task, max_length=max_length, labels=has_labels, label2id=label2id)
+    check_length(data, model)
+    if label2id is not None:  # names learned from the rows
+        model.config.label2id, model.config.id2label = label2id, {number: name for name, number in label2id.items()}
+    if validation is not None:
+        check_rows(validation, task, model)
     options = {"task": task, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
                "temperature": temperature, "alpha": alpha, "autocast": autocast, "seed": seed}
     objective = Objective(model, task, teacher=teacher, temperature=temperature, alpha=alpha, autocast=autocast)
@@ -71,14 +77,12 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
             progress.remove(states)
     report = TrainReport(task, steps, state.resumed_from, str(model.device), autocast, time.monotonic() - started,
                          state.log_history)
-    if validation:
+    if validation is not None:
         report.validation = evaluate(model, validation, tokenizer, task=task, max_length=max_length)
     return report
 
 
-def _check(task: str, alpha: float, whole: Mapping[str, int], **numbers: float) -> None:
-    if task not in TASKS:
-        raise ArgumentError(f"task is {task!r}; needs one of {', '.join(TASKS)}")
+def _check(alpha: float, whole: Mapping[str, int], **numbers: float) -> None:
     for name, value in whole.items():
         if not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} is {value!r}; needs a whole number, at least 1")
@@ -89,13 +93,17 @@ def _check(task: str, alpha: float, whole: Mapping[str, int], **numbers: float) 
         raise ArgumentError(f"alpha is {alpha}; needs 0 to 1")
 
 
-def _check_teacher(model, tokenizer, task: str, teacher, teacher_tokenizer) -> None:
+def _check_models(model, tokenizer, task: str, teacher, teacher_tokenizer) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArgumentError("model: every parameter is frozen; needs one with requires_grad")
     if teacher is None:
         if task == "embedding":
             raise ArgumentError("teacher is missing; training an embedding needs the dense model to follow")
         return
     if teacher is model:
         raise ArgumentError("teacher is the model that is trained; needs a copy of the dense one")
+    if teacher.device != model.device:
+        raise DeviceError(f"teacher is on {teacher.device}, the model on {model.device}; needs the same device")
     ours, theirs = model.config, teacher.config
     if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ArgumentError("teacher_tokenizer has another vocabulary than tokenizer; needs the same")
@@ -105,15 +113,6 @@ def _check_teacher(model, tokenizer, task: str, teacher, teacher_tokenizer) -> N
         raise ArgumentError(f"teacher has the labels {theirs.id2label}, the model {ours.id2label}; needs the same")
     if task == "embedding" and ours.hidden_size != theirs.hidden_size:
         raise ArgumentError(f"teacher has hidden_size {theirs.hidden_size}, the model {ours.hidden_size}; needs the same")
-
-
-def _label2id(model, *data) -> dict[str, int]:
-    """The model's names for its labels, learned from the rows (and kept in its config) where it has none."""
-    names = model.config.label2id
-    for rows in data:
-        names = label_ids(rows, names)[1] if rows else names
-    model.config.label2id, model.config.id2label = names, {number: name for name, number in names.items()}
-    return names
 
 
 def _autocast(wanted: bool | str, device: torch.device) -> bool:
@@ -148,18 +147,27 @@ def _train(objective: Objective, data: list[dict], tokenizer, options: dict, sta
         save_strategy="no" if states is None else "steps", save_steps=save_every, logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False, report_to="none")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the model stays on its device
-    dtypes = {name: parameter.dtype for name, parameter in student.named_parameters()}
-    with same_bits(student.device):
-        student.float()
+    with same_bits(student.device), _in_fp32(student):
         trainer = ResumableTrainer(objective, arguments, states=states, callbacks=[ProgressCallback(on_progress)],
                                    train_dataset=_in_order(data, steps * batch_size, options["seed"]),
                                    data_collator=lambda part: padded(part, tokenizer))
         newest = states and newest_state(states)
         trainer.train(resume_from_checkpoint=newest and str(newest))
-    for name, parameter in student.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    student.eval()
     return trainer.state
+
+
+@contextmanager
+def _in_fp32(student):
+    """Half-precision weights as fp32, so that small steps add up; afterwards as they were, and the model in eval mode."""
+    half = [(parameter, parameter.dtype) for parameter in student.parameters() if parameter.dtype.itemsize < 4]
+    for parameter, _ in half:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in half:
+            parameter.data = parameter.data.to(dtype)
+        student.eval()
 
 
 def _in_order(data: list, count: int, seed: int) -> list:
