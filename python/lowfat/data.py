@@ -1,6 +1,6 @@
 """Rows of text from a file, and the tokenized batches that calibration, training and evaluation share."""
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -177,12 +177,12 @@ def _pad_id(tokenizer) -> int:
 def batches(rows: Sequence[Mapping], tokenizer, task: str, *, batch_size: int = 32, max_length: int = MAX_LENGTH,
             labels: bool = True, label2id: Mapping[str, int] | None = None, device=None) -> list[dict[str, torch.Tensor]]:
     """Tokenized, padded batches of the rows in their order, ready for model(**batch)."""
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size is {batch_size}; needs at least 1")
     found = examples(rows, tokenizer, task, max_length=max_length, labels=labels, label2id=label2id)
     return [padded(part, tokenizer, device) for part in parts(found, batch_size)]
 
 
-def parts(items: Sequence, size: int) -> Iterable[Sequence]:
-    """Slices of at most size items, in order."""
-    return (items[start:start + size] for start in range(0, len(items), size))
+def parts(items: Sequence, batch_size: int) -> list[Sequence]:
+    """Slices of at most batch_size items, in order."""
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size is {batch_size}; needs at least 1")
+    return [items[start:start + batch_size] for start in range(0, len(items), batch_size)]

@@ -15,7 +15,7 @@ from .layers import dense_weight, factorizable, replace, sizes, skipped
 from .manifest import digest
 from .mapped import MappedFiles
 from .methods import METHODS, check_arguments
-from .progress import progress, tensors_digest
+from .progress import opened, tensors_digest
 from .structures import STRUCTURES, Structure
 
 _BLOCK = 1 << 22  # elements of the weight whose residual is computed at a time: 16 MiB in fp32
@@ -76,7 +76,7 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
     if resume is None:
         report = _factorize(model, modules, plan, stats, None, on_progress)
     else:
-        with progress(resume, _fingerprint(modules, plan, stats)) as folder:
+        with opened(resume, _fingerprint(modules, plan, stats)) as folder:
             report = _factorize(model, modules, plan, stats, folder, on_progress)
     _attach(model)
     return report

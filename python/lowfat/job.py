@@ -31,22 +31,19 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     What is finished is kept in .NAME.progress beside `out` until the result is there: the same call, after a kill at any
     moment, continues and writes the same bits. on_progress(phase, done, total, what), phase "calibrate" or "factorize".
     LowfatError, before any work, for everything that can be known by then."""
-    folder, out = Path(folder), Path(out)
-    needs = _check_options(method, arguments or {}, policy, rows)
-    states = out.parent / f".{out.name}.progress"
-    arguments = dict(arguments or {})
+    folder, out, arguments = Path(folder), Path(out), dict(arguments or {})
+    needs, states = _check_options(method, arguments, policy, rows), out.parent / f".{out.name}.progress"
     options = {"method": method, "arguments": arguments, "ratio": ratio, "policy": policy, "layers": layers, "task": task,
                "batch_size": batch_size, "max_length": max_length}
-    fingerprint = {"model": _files(folder), "rows": rows and progress.json_digest(rows), "options": options}
+    fingerprint = {"model": _files(folder), "rows": progress.json_digest(rows), "options": options}
     fingerprint |= progress.environment(torch.device(device))
-    is_done = states.exists() and progress.holds_result(out, fingerprint)
-    storage.check_target(out, overwrite or is_done)
+    storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
 
     model, tokenizer = open_model(folder, task=task, device=device)
     plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
     check_weights(factorizable(model, layers))
-    data = rows and _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
-    with progress.progress(states, fingerprint):
+    data = None if rows is None else _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
+    with progress.opened(states, fingerprint):
         try:
             stats = data and calibrate(model, data, layers=layers, fisher=_fisher(needs, arguments),
                                        out=states / "calibration", on_progress=_phase(on_progress, "calibrate"))
@@ -98,9 +95,9 @@ def open_model(folder: str | Path, *, task: str | None = None, device: str | tor
     return model.eval().to(device), tokenizer
 
 
-def _check_options(method: str, arguments: Mapping, policy: str, rows) -> frozenset[str]:
+def _check_options(method: str, arguments: dict, policy: str, rows) -> frozenset[str]:
     """What the method needs to see."""
-    needs = check_arguments(method, dict(arguments)).needs
+    needs = check_arguments(method, arguments).needs
     if policy not in POLICIES:
         raise ArgumentError(f"policy must be one of {', '.join(POLICIES)}; found {policy!r}")
     if needs and rows is None:

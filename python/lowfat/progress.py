@@ -18,7 +18,7 @@ FINGERPRINT, LOCK = "fingerprint.json", "lock"
 
 
 @contextmanager
-def progress(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
+def opened(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
     """Opens or creates the folder for one job and keeps other processes out of it; the folder stays until remove().
 
     ArgumentError: it belongs to a job with another fingerprint (the differences are named), or to a running process."""
@@ -29,6 +29,8 @@ def progress(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ArgumentError(f"{folder}: another process is at work on it") from error
+        except OSError:
+            pass  # a file system without locks
         if (folder / FINGERPRINT).exists():
             _refuse_differences(folder, storage.read_json(folder / FINGERPRINT), _plain(fingerprint))
         else:

@@ -70,7 +70,7 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
     else:
         states, fingerprint = Path(out).parent / f".{Path(out).name}.training", _fingerprint(model, teacher, data, options)
         storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
-        with progress.progress(states, fingerprint):
+        with progress.opened(states, fingerprint):
             state = _train(objective, data, tokenizer, options, states, save_every, on_progress)
             if not progress.holds_result(out, fingerprint):
                 _save(model, tokenizer, out, overwrite, facts={"job": fingerprint})

@@ -1,0 +1,135 @@
+"""From folder to folder: every kind of model goes through, and what cannot work leaves nothing behind."""
+import json
+
+import pytest
+import torch
+
+import lowfat
+from lowfat.data import task_for
+from lowfat.errors import ArgumentError, NumericsError
+from lowfat.evaluate import evaluate
+from lowfat.job import factorize_folder, open_model
+from lowfat.structures import LowRank
+from tiny_text import classifier, rows, tokenizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(model):
+        torch.manual_seed(0)
+        model.save_pretrained(tmp_path / "dense")
+        tokenizer().save_pretrained(tmp_path / "dense")
+        return tmp_path / "dense"
+    return save
+
+
+def run(folder, **changes):
+    options = {"method": "whitened", "ratio": 0.5, "rows": rows(16), "max_length": 12} | changes
+    return factorize_folder(folder, folder.parent / "out", **options)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("method, policy", [("svd", "uniform_rank"), ("fwsvd", "per_matrix"), ("whitened", "allocated")])
+def test_every_model_and_method(request, saved, fixture, method, policy):
+    folder = saved(request.getfixturevalue(fixture))
+    phases = []
+    report = run(folder, method=method, policy=policy, on_progress=lambda phase, *step: phases.append(phase))
+    model, tok = open_model(folder.parent / "out")
+    assert report.ratio <= 0.5 and sorted(path.name for path in folder.parent.iterdir()) == ["dense", "out"]
+    assert all(isinstance(model.get_submodule(layer.name), LowRank) == layer.kept for layer in report.layers)
+    assert all(layer.output_error is not None for layer in report.layers if layer.kept)  # rows were given
+    assert evaluate(model, rows(8), tok, max_length=12)["task"] == task_for(model, None)
+    assert list(dict.fromkeys(phases)) == ["calibrate", "factorize"]
+    manifest = json.loads((folder.parent / "out" / "manifest.json").read_text())
+    assert manifest["facts"]["job"]["options"]["method"] == method  # what made it is written in it
+
+
+def test_svd_needs_no_text(saved):
+    report = run(saved(classifier()), method="svd", rows=None)
+    assert report.ratio <= 0.5 and all(layer.output_error is None for layer in report.layers)
+
+
+def test_the_job_gives_the_bits_of_the_calls_it_is_made_of(saved):
+    from lowfat.data import batches
+    folder = saved(classifier())
+    run(folder)
+    model, tok = open_model(folder)
+    data = batches(rows(16), tok, "classification", batch_size=8, max_length=12, labels=False)
+    stats = lowfat.calibrate(model, data, fisher=False, out=folder.parent / "stats")
+    lowfat.factorize(model, lowfat.plan(model, method="whitened", ratio=0.5, stats=stats), stats)
+    made, _ = open_model(folder.parent / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), made.state_dict().values(), strict=True))
+
+
+def without_labels(count):
+    return [{"text": row["text"]} for row in rows(count)]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"ratio": 1.0}, "ratio"), ({"ratio": -1}, "ratio"), ({"ratio": float("nan")}, "ratio"), ({"method": "magic"}, "method"),
+    ({"policy": "best"}, "policy must be one of"), ({"layers": ["nothing.*"]}, "nothing"), ({"rows": []}, "no rows"),
+    ({"rows": None}, "needs texts to calibrate on"), ({"method": "fwsvd", "rows": without_labels(4)}, 'no "label"'),
+    ({"method": "fwsvd", "task": "embedding"}, "needs a task with a loss"), ({"task": "lm"}, "has no weights"),
+    ({"arguments": {"solver": "magic"}}, "solver"), ({"max_length": 1}, "max_length"), ({"batch_size": 0}, "batch_size"),
+    ({"max_length": 99, "rows": [{"text": "cat " * 50}]}, "52 tokens"),
+])
+def test_bad_options_leave_nothing(saved, change, message):
+    folder = saved(classifier())
+    with pytest.raises(ArgumentError, match=message):
+        run(folder, **change)
+    assert [path.name for path in folder.parent.iterdir()] == ["dense"]
+
+
+def test_bad_folders_leave_nothing(saved, tmp_path):
+    with pytest.raises(ArgumentError, match="no such folder"):
+        run(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArgumentError, match="no config.json"):
+        run(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "unheard of"}')
+    with pytest.raises(ArgumentError, match="cannot be opened"):
+        run(tmp_path / "empty")
+    folder = saved(classifier())
+    (folder / "model.safetensors").rename(folder / "weights")
+    with pytest.raises(ArgumentError, match="cannot be opened"):
+        run(folder)
+    (folder / "weights").rename(folder / "model.safetensors")
+    for target, message in ((tmp_path / "missing" / "out", "does not exist"), (folder, "exists already")):
+        with pytest.raises(ArgumentError, match=message):
+            factorize_folder(folder, target, method="svd", ratio=0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "empty"]
+
+
+def test_bad_weights_leave_nothing(saved):
+    model = classifier()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    folder = saved(model)
+    with pytest.raises(NumericsError, match=r"layer\.1\.output\.dense: the weight holds NaN"):
+        run(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["dense"]
+
+
+def test_a_task_without_weights_is_refused(saved, tiny_bert):
+    folder = saved(tiny_bert.bert)
+    with pytest.raises(ArgumentError, match="has no weights for classifier.*task classification"):
+        open_model(folder, task="classification")
+    assert type(open_model(folder)[0]).__name__ == "BertModel"
+
+
+def test_a_classifier_opens_as_an_encoder(saved):
+    folder = saved(classifier())
+    run(folder)
+    assert type(open_model(folder, task="embedding")[0]).__name__ == "BertModel"
+    assert type(open_model(folder.parent / "out", task="embedding")[0]).__name__ == "BertModel"
+    assert type(open_model(folder.parent / "out")[0]).__name__ == "BertForSequenceClassification"
+
+
+def test_a_target_of_its_own_is_replaced_only_when_asked(saved):
+    folder = saved(classifier())
+    run(folder)
+    with pytest.raises(ArgumentError, match="exists already"):
+        run(folder)
+    run(folder, ratio=0.4, overwrite=True)
+    manifest = json.loads((folder.parent / "out" / "manifest.json").read_text())
+    assert manifest["facts"]["job"]["options"]["ratio"] == 0.4
