@@ -1,4 +1,4 @@
-"""Real batches through a model, to see what each linear layer reads: its Gram matrix, and with labels the Fisher information."""
+"""What each linear layer reads when real batches pass: the Gram matrix, and with labels the Fisher information."""
 import hashlib
 import json
 import logging
@@ -48,11 +48,11 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
               on_progress: Callable[[int, int, str], None] | None = None) -> Calibration:
     """Statistics of each layer's inputs over all batches, each a dict for model(**batch); padding is left out.
 
-    layers: name patterns. fisher: "sums" (what labels in the batches bring when nothing is said), "elements" for fwsvd with
-    exact=True, False for none. out: a folder to write the statistics to; where they need more than `memory` bytes (by default
-    half of what is free) they are gathered window by window, each written and dropped, and the batches are read once for each.
-    The same call goes on where an interrupted one stopped. on_progress(batches done, in all, what is done) hears of the need
-    for memory first. The model is left exactly as it was. Raises ArgumentError, NumericsError, UnsupportedError."""
+    layers: name patterns. fisher: "sums" (the default where batches carry labels), "elements" for fwsvd with exact=True, False
+    for none. out: a folder for the statistics. When they need more than `memory` bytes (by default half of what is free) they
+    are gathered window by window, each written and dropped, and the batches are read once for each window. The same call goes
+    on where an interrupted one stopped. on_progress(batches done, in all, what is done) hears of the need for memory first.
+    The model is left exactly as it was. Raises ArgumentError, NumericsError, UnsupportedError."""
     modules = factorizable(model, layers)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedError("calibrate: encoder-decoder models; which mask belongs to which layer is not known")
@@ -64,8 +64,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
         groups, calls = _discover(model, modules, next(iter(batches)))
         dtype = torch.float64 if look.tokens > _MANY_TOKENS else torch.float32
         needs = [_bytes_of(group, modules, fisher, dtype) for group in groups]
-        settings = hashlib.sha256(json.dumps([[group.names for group in groups], fisher, str(dtype), look.batches,
-                                              look.tokens]).encode()).hexdigest()
+        facts = [[group.names for group in groups], fisher, look.batches, look.tokens]
+        settings = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         found: dict = {} if folder is None else _written(folder, len(groups), settings)
         windows = _windows([number for number, group in enumerate(groups) if group.names[0] not in found], needs,
                            _free(model) // 2 if memory is None else memory, folder)
@@ -195,7 +195,7 @@ def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[_Grou
     grams = {group.names[0]: torch.zeros(group.k, group.k, dtype=dtype, device=modules[group.names[0]].weight.device)
              for group in groups}
     rows = dict.fromkeys(grams, 0)
-    sums = {name: FisherSums.of(module, elements=fisher == "elements") for name, module in listened.items()} if fisher else {}
+    sums = {name: FisherSums.of(module, elements=fisher == "elements") for name, module in listened.items() if fisher}
     samples = 0
     reading: dict[str, tuple[weakref.ref, int]] = {}
     # only where every layer is called exactly once is it certain that nothing comes after the last
@@ -265,7 +265,8 @@ def _free(model: nn.Module) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if (info := Path("/proc/meminfo")).exists():  # counts caches that the system would give up, too
-        free = next((int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemAvailable")), free)
+        available = (line.split()[1] for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+        free = int(next(available, free // 1024)) * 1024
     return free
 
 

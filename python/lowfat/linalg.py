@@ -1,8 +1,8 @@
 """Truncated SVD, eigenvectors, matrix roots and the balancing of two factors: in fp64, deterministic, with ways out.
 
-Large operands are upcast to fp64 block by block. For a weight of at most fp32, singular vectors come from the eigenvectors of
-the smaller Gram matrix: squaring costs half of fp64's digits, which leaves an error of 1e-8 of the largest singular value, less
-than an fp32 SVD has, for a fraction of its time.
+Large operands are upcast to fp64 block by block. For a weight of at most fp32, singular vectors come from the eigenvectors
+of the smaller Gram matrix: squaring costs half of fp64's digits, which leaves an error of 1e-8 of the largest singular value,
+less than an fp32 SVD has, for a fraction of its time.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .errors import NumericsError, ShapeError
 
-_BLOCK = 1 << 21  # numbers upcast at a time: 16 MiB in fp64
+_BLOCK = 1 << 18  # numbers upcast at a time, 2 MiB in fp64: what malloc keeps of freed blocks grows with their size
+_ROWS = 256  # but never fewer rows: products of thinner blocks are bound by memory
 _JITTERS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # parts of the mean diagonal, tried in turn
 _CLIP = 1e-12  # eigenvalues below this part of the largest are taken for it
 _EPS = torch.finfo(torch.float64).eps
@@ -48,7 +49,7 @@ class Root:
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
-    """NumericsError that counts what is not finite. (An SVD of infinity gives NaN without an error, or even numbers.)"""
+    """NumericsError that counts what is not finite: an SVD of infinity gives NaN without an error, or even numbers."""
     bad = sum(block.numel() - int(block.isfinite().sum()) for _, block in _row_blocks(tensor))
     if bad:
         raise NumericsError(f"{name} {list(tensor.shape)} holds NaN or infinity in {bad} of {tensor.numel()} places")
@@ -60,23 +61,31 @@ def require_rank(rank: int, weight: Tensor) -> None:
         raise ShapeError(f"rank must be between 1 and {min(weight.shape)} for a weight {list(weight.shape)}, found {rank}")
 
 
-def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Solved]:
-    """The leading singular triples in fp64, largest first, the largest entry of each row of vt positive.
+def truncated_svd(weight: Tensor, rank: int, *, rows: Tensor | None = None,
+                  columns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Solved]:
+    """The leading singular triples of W, or of D_rows W D_columns, in fp64: largest first, the largest entry of each row of vt
+    positive.
 
     u [n, r]   s [r]   vt [r, k]; where s is zero, so is the column of u. Raises NumericsError, ShapeError."""
     require_finite(weight, "weight")
     require_rank(rank, weight)
-    rungs = [("svd in fp64", lambda: torch.linalg.svd(weight.double(), full_matrices=False)),
-             ("eigenvectors of the Gram matrix", lambda: _svd_by_gram(weight, rank))]
+
+    def whole() -> Tensor:
+        scaled = weight.to(torch.float64, copy=True)
+        scaled = scaled if rows is None else scaled.mul_(rows[:, None])
+        return scaled if columns is None else scaled.mul_(columns)
+
+    rungs = [("svd in fp64", lambda: torch.linalg.svd(whole(), full_matrices=False)),
+             ("eigenvectors of the Gram matrix", lambda: _svd_by_gram(weight, rank, rows, columns))]
     if weight.is_cuda:
-        rungs[1:1] = [("gesvd in fp64", lambda: torch.linalg.svd(weight.double(), full_matrices=False, driver="gesvd")),
-                      ("svd in fp64 on the CPU", lambda: torch.linalg.svd(weight.double().cpu(), full_matrices=False))]
+        rungs[1:1] = [("gesvd in fp64", lambda: torch.linalg.svd(whole(), full_matrices=False, driver="gesvd")),
+                      ("svd in fp64 on the CPU", lambda: torch.linalg.svd(whole().cpu(), full_matrices=False))]
     if weight.dtype != torch.float64:
         rungs.insert(0, rungs.pop())
     (u, s, vt), solved = _climb(rungs)
     u, s, vt = (part.to(weight.device) for part in (u[:, :rank], s[:rank], vt[:rank]))
     sign = _signs(vt)
-    return u * sign, s, vt * sign[:, None], solved
+    return u.mul_(sign), s, vt.mul_(sign[:, None]), solved
 
 
 def leading(build: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor, Solved]:
@@ -88,7 +97,7 @@ def leading(build: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor, So
     if torch.cuda.is_available():
         rungs.insert(1, ("eigh on the CPU", lambda: _eigh_in_place(build().cpu())))
     (values, vectors), solved = _climb(rungs)
-    values, vectors = values[:count].clamp_min(0), vectors[:, :count].contiguous()
+    values, vectors = values[-count:].flip(0).clamp_min(0), vectors[:, -count:].flip(1).contiguous()
     return values, vectors.mul_(_signs(vectors.mT)), solved
 
 
@@ -127,22 +136,29 @@ def gram_root(gram: Tensor, solver: str, shift: float = 0.0) -> Root:
                 events + solved.events)
 
 
-def gram_of(matrix: Tensor, root: Root | None = None) -> Tensor:
-    """M^T M in fp64, or (M L)^T (M L).   matrix [p, q] -> [q, q]"""
+def gram_of(matrix: Tensor, root: Root | None = None, *, rows: Tensor | None = None) -> Tensor:
+    """M^T M in fp64, or (M L)^T (M L); rows scales the rows of M.   matrix [p, q] -> [q, q]"""
     out = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for _, block in _row_blocks(matrix):
-        block = block.double()
+    for part, block in _row_blocks(matrix):
+        block = block.double() if rows is None else block.double() * rows[part, None]
         block = block if root is None else root.applied(block)
         out.addmm_(block.mT, block)
     return out
+
+
+def smaller_gram(weight: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
+    """M^T M or M M^T in fp64, whichever is smaller, of M = D_rows W D_columns.   weight [n, k]"""
+    if weight.shape[0] < weight.shape[1]:
+        weight, rows, columns = weight.mT, columns, rows
+    out = gram_of(weight, rows=rows)
+    return out if columns is None else out.mul_(columns).mul_(columns[:, None])
 
 
 def quadratic(weight: Tensor, gram: Tensor, shift: float = 0.0) -> Tensor:
     """W (C + shift I) W^T in fp64, no operand upcast as a whole.   weight [n, k]   gram [k, k] -> [n, n]"""
     n, k = weight.shape
     out = torch.zeros(n, n, dtype=torch.float64, device=weight.device)
-    columns = torch.arange(k).split(max(1, min(1024, _BLOCK // n)))
-    slices = [slice(int(part[0]), int(part[-1]) + 1) for part in columns]
+    slices = [slice(start, min(start + 4 * _ROWS, k)) for start in range(0, k, 4 * _ROWS)]
     for right in slices:
         moved = torch.zeros(n, right.stop - right.start, dtype=torch.float64, device=weight.device)  # W C, these columns
         for left in slices:
@@ -162,24 +178,27 @@ def times(matrix: Tensor, right: Tensor, dtype: torch.dtype = torch.float64) -> 
     return out
 
 
-def balance(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """The same product with u^T u = v v^T = its singular values, sorted: Adam trains raw factors badly.   u [n, r]   v [r, k]
+def balance(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float64, *, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same product with u^T u = v v^T = its singular values on a diagonal, largest first.   u [n, r]   v [r, k]
 
-    With u = Q R and v^T = Q' R', the r x r core R R'^T = A S B^T. Instead of Q and Q', which are as large as the factors, only
-    R and R' are computed, from A sqrt(S) = R R'^T B / sqrt(S) and its mirror image."""
-    left, right = _triangle(u), _triangle(v.mT)
-    (a, s, bt), _ = _climb([("svd", lambda: torch.linalg.svd(left @ right.mT, full_matrices=False)),
-                            ("svd on the CPU", lambda: torch.linalg.svd((left @ right.mT).cpu(), full_matrices=False))])
+    Adam trains factors of different scale badly. With u = Q R and v^T = P T, the r x r core R T^T is A S B^T, and the new
+    factors are Q A sqrt(S) = u T^T B / sqrt(S) and its mirror image: Q and P, as large as the factors, are never made. Given
+    right [k, r], u stands for u right, which is not made either."""
+    left_triangle, right_triangle = _triangle(u, right), _triangle(v.mT)
+    core = left_triangle @ right_triangle.mT
+    (a, s, bt), _ = _climb([("svd", lambda: torch.linalg.svd(core, full_matrices=False)),
+                            ("svd on the CPU", lambda: torch.linalg.svd(core.cpu(), full_matrices=False))])
     a, s, bt = a.to(u.device), s.to(u.device), bt.to(u.device)
-    noise = _EPS * len(s) * torch.linalg.matrix_norm(left) * torch.linalg.matrix_norm(right)
+    noise = _EPS * len(s) * torch.linalg.matrix_norm(left_triangle) * torch.linalg.matrix_norm(right_triangle)
     inverse = torch.where(s > noise, s, torch.inf).rsqrt()  # zero where the product has no such direction
-    new_v = times(v.mT, (left.mT @ (a * inverse)), dtype).mT
+    new_v = times(v.mT, left_triangle.mT @ (a * inverse), dtype).mT
     sign = _signs(new_v)
-    return times(u, (right.mT @ (bt.mT * inverse)) * sign, dtype), (new_v * sign[:, None]).contiguous()
+    turn = right_triangle.mT @ (bt.mT * inverse) * sign
+    return times(u, turn if right is None else right @ turn, dtype), (new_v * sign[:, None]).contiguous()
 
 
 def _row_blocks(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    step = max(1, _BLOCK // max(1, matrix.shape[1] if matrix.dim() > 1 else 1))
+    step = max(_ROWS, _BLOCK // max(1, matrix.shape[-1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step), matrix[start:start + step]
 
@@ -199,35 +218,39 @@ def _climb(rungs: list[tuple[str, Callable]]) -> tuple[tuple[Tensor, ...], Solve
     raise NumericsError("every solver failed: " + "; ".join(events))
 
 
-def _svd_by_gram(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_by_gram(weight: Tensor, rank: int, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """s is measured as the length of W v_i, which stays accurate where the square root of an eigenvalue is all noise."""
-    tall = weight if weight.shape[0] >= weight.shape[1] else weight.mT
-    _, vectors, _ = leading(lambda: gram_of(tall), rank)
-    moved = times(tall, vectors)
-    s, order = torch.linalg.vector_norm(moved, dim=0).sort(descending=True, stable=True)
-    moved = moved[:, order] / torch.where(s > 0, s, torch.inf)
-    vectors = vectors[:, order]
-    return (moved, s, vectors.mT) if tall is weight else (vectors, s, moved.mT)
+    is_tall = weight.shape[0] >= weight.shape[1]
+    _, vectors, _ = leading(lambda: smaller_gram(weight, rows, columns), rank)
+    before, after = (columns, rows) if is_tall else (rows, columns)
+    moved = times(weight if is_tall else weight.mT, vectors if before is None else vectors * before[:, None])
+    moved = moved if after is None else moved.mul_(after[:, None])
+    s = torch.linalg.vector_norm(moved, dim=0)
+    moved.div_(torch.where(s > 0, s, torch.inf))
+    if (s.diff() > 0).any():  # among values that are all noise
+        s, order = s.sort(descending=True, stable=True)
+        moved, vectors = moved[:, order], vectors[:, order]
+    return (moved, s, vectors.mT) if is_tall else (vectors, s, moved.mT)
 
 
 def _eigh_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenpairs, largest first; the vectors take the matrix's own memory, which saves one matrix of four."""
+    """Eigenpairs, smallest first; the vectors take the matrix's own memory, which saves one matrix of four."""
     values = torch.empty(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
     vectors = matrix.mT  # LAPACK's layout; the matrix is symmetric
     torch.linalg.eigh(vectors, out=(values, vectors))
-    return values.flip(0), vectors.flip(1)
+    return values, vectors
 
 
 def _eigh_by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     vectors, values, _ = torch.linalg.svd(matrix.cpu())
-    return values.to(matrix.device), vectors.to(matrix.device)
+    return values.flip(0).to(matrix.device), vectors.flip(1).to(matrix.device)
 
 
-def _triangle(tall: Tensor) -> Tensor:
-    """R of a QR decomposition in fp64, block of rows by block of rows, so that no second matrix of this size is needed."""
+def _triangle(tall: Tensor, right: Tensor | None = None) -> Tensor:
+    """R of the QR decomposition of M or M right in fp64, some rows at a time, so that no copy of it is needed."""
     r = None
-    for _, block in _row_blocks(tall):
-        block = block.double()
+    for block in tall.split(max(_ROWS, tall.shape[1] if right is None else right.shape[1])):
+        block = block.double() if right is None else block.double() @ right
         r = torch.linalg.qr(block if r is None else torch.cat([r, block]), mode="r").R
     return r
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..linalg import balance, gram_of, require_finite, require_rank, spectrum, tails, truncated_svd
+from ..linalg import balance, require_finite, require_rank, smaller_gram, spectrum, tails, truncated_svd
 from ..structures import LowRank
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def losses(weight: Tensor, stats: "Stats", *, side: str = "in", exact: bool = Fa
     """sum_ij o_i c_j (W - What)_ij^2 for every rank, in the scale of F itself.   [min(n, k) + 1], fp64
 
     With exact too: its own objective has no closed form, and this is what it starts from."""
-    scaled = _scaled(weight, *_weights(weight, stats, side))
-    lost = tails(spectrum(lambda: gram_of(scaled if scaled.shape[0] >= scaled.shape[1] else scaled.mT)))
+    rows, columns = _weights(weight, stats, side)
+    lost = tails(spectrum(lambda: smaller_gram(weight, rows.sqrt(), columns.sqrt())))
     return lost * float(stats.fisher_in.double().mean()) / weight.shape[0]
 
 
@@ -67,16 +67,11 @@ def _guarded(sums: Tensor) -> Tensor:
     return sums.double() / mean + _GUARD if mean > 0 else torch.ones_like(sums, dtype=torch.float64)
 
 
-def _scaled(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """D_o W D_c in fp32 (fp64 for fp64): weights of mean 1 cannot overflow what held W.   [n, k]"""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(dtype) * rows.sqrt().to(dtype)[:, None] * columns.sqrt().to(dtype)
-
-
 def _weighted_svd(weight: Tensor, rows: Tensor, columns: Tensor, rank: int) -> tuple[Tensor, Tensor, list[str]]:
     """u [n, r], v [r, k] in fp64 that minimize sum_ij rows_i columns_j (W - u v)_ij^2, and the solver's events."""
-    u, s, vt, solved = truncated_svd(_scaled(weight, rows, columns), rank)
-    return u * s / rows.sqrt()[:, None], vt / columns.sqrt(), solved.events
+    rows, columns = rows.sqrt(), columns.sqrt()
+    u, s, vt, solved = truncated_svd(weight, rank, rows=rows, columns=columns)
+    return u.mul_(s).div_(rows[:, None]), vt.div_(columns), solved.events
 
 
 def _elements(weight: Tensor, stats: "Stats") -> Tensor:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..linalg import gram_of, require_finite, spectrum, tails, truncated_svd
+from ..linalg import require_finite, smaller_gram, spectrum, tails, truncated_svd
 from ..structures import LowRank
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats | None" = None,
     """The layer in the weight's dtype, each singular value split evenly between u and v.   weight [n, k]   bias [n]"""
     u, s, vt, solved = truncated_svd(weight, rank)
     root = s.sqrt()
-    return LowRank.of((vt * root[:, None]).to(weight.dtype), (u * root).to(weight.dtype), bias), solved.events
+    return LowRank.of(vt.mul_(root[:, None]).to(weight.dtype), u.mul_(root).to(weight.dtype), bias), solved.events
 
 
 @torch.no_grad()
 def losses(weight: Tensor, stats: "Stats | None" = None) -> Tensor:
     """||W - What||_F^2 for every rank: the squared singular values that are cut off.   [min(n, k) + 1], fp64"""
     require_finite(weight, "weight")
-    return tails(spectrum(lambda: gram_of(weight if weight.shape[0] >= weight.shape[1] else weight.mT)))
+    return tails(spectrum(lambda: smaller_gram(weight)))

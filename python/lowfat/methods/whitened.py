@@ -24,22 +24,23 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int,
               solver: str = "auto") -> tuple[LowRank, list[str]]:
     """The layer in the weight's dtype, its factors balanced.   weight [n, k]   bias [n]
 
-    solver "auto": output for n <= k, else eigen, so that the larger side is never decomposed. Raises ArgumentError without
-    calibration statistics, NumericsError for NaN or infinity, ShapeError for an impossible rank."""
+    solver "auto": output for n <= k, else cholesky, so that only one eigenproblem is solved, of the smaller side. Raises
+    ArgumentError without calibration statistics, NumericsError for NaN or infinity, ShapeError for an impossible rank."""
     gram, shift, events = _damped(weight, stats)
     require_rank(rank, weight)
-    if _solver(weight, solver) == "output":
+    solver = solver if solver != "auto" else "output" if weight.shape[0] <= weight.shape[1] else "cholesky"
+    if solver == "output":
         _, u, solved = leading(lambda: quadratic(weight, gram, shift), rank)
-        v, events = times(weight.mT, u).mT, events + solved.events
+        u, v = balance(u, times(weight.mT, u).mT, weight.dtype)
     else:
-        root = gram_root(gram, _solver(weight, solver), shift)
-        _, right, solved = leading(lambda: gram_of(weight, root), rank)
+        # the root is made twice, so that it is not there while eigh needs the most memory
+        _, right, solved = leading(lambda: gram_of(weight, gram_root(gram, solver, shift)), rank)
+        root = gram_root(gram, solver, shift)
         v, right = root.solved(right.mT), root.times(right)
-        events += root.events + solved.events
+        events += root.events
         del root
-        u = times(weight, right)
-    u, v = balance(u, v, weight.dtype)
-    return LowRank.of(v, u, bias), events
+        u, v = balance(weight, v, weight.dtype, right=right)
+    return LowRank.of(v, u, bias), events + solved.events
 
 
 @torch.no_grad()
@@ -48,12 +49,7 @@ def losses(weight: Tensor, stats: "Stats", *, solver: str = "auto") -> Tensor:
     gram, shift, _ = _damped(weight, stats)
     if weight.shape[0] <= weight.shape[1]:
         return tails(spectrum(lambda: quadratic(weight, gram, shift)))
-    root = gram_root(gram, "cholesky", shift)
-    return tails(spectrum(lambda: gram_of(weight, root)))
-
-
-def _solver(weight: Tensor, solver: str) -> str:
-    return solver if solver != "auto" else "output" if weight.shape[0] <= weight.shape[1] else "eigen"
+    return tails(spectrum(lambda: gram_of(weight, gram_root(gram, "cholesky", shift))))
 
 
 def _damped(weight: Tensor, stats: "Stats | None") -> tuple[Tensor, float, list[str]]:
