@@ -4,6 +4,7 @@ Large operands are upcast to fp64 block by block. For a weight of at most fp32, 
 of the smaller Gram matrix: squaring costs half of fp64's digits, which leaves an error of 1e-8 of the largest singular value,
 less than an fp32 SVD has, for a fraction of its time.
 """
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .errors import NumericsError, ShapeError
 
+log = logging.getLogger("lowfat")
 _BLOCK = 1 << 18  # numbers upcast at a time, 2 MiB in fp64: what malloc keeps of freed blocks grows with their size
 _ROWS = 256  # but never fewer rows: products of thinner blocks are bound by memory
 _JITTERS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # parts of the mean diagonal, tried in turn
@@ -75,8 +77,9 @@ def truncated_svd(weight: Tensor, rank: int, *, rows: Tensor | None = None,
         scaled = scaled if rows is None else scaled.mul_(rows[:, None])
         return scaled if columns is None else scaled.mul_(columns)
 
+    events: list[str] = []
     rungs = [("svd in fp64", lambda: torch.linalg.svd(whole(), full_matrices=False)),
-             ("eigenvectors of the Gram matrix", lambda: _svd_by_gram(weight, rank, rows, columns))]
+             ("eigenvectors of the Gram matrix", lambda: _svd_by_gram(weight, rank, rows, columns, events))]
     if weight.is_cuda:
         rungs[1:1] = [("gesvd in fp64", lambda: torch.linalg.svd(whole(), full_matrices=False, driver="gesvd")),
                       ("svd in fp64 on the CPU", lambda: torch.linalg.svd(whole().cpu(), full_matrices=False))]
@@ -85,7 +88,7 @@ def truncated_svd(weight: Tensor, rank: int, *, rows: Tensor | None = None,
     (u, s, vt), solved = _climb(rungs)
     u, s, vt = (part.to(weight.device) for part in (u[:, :rank], s[:rank], vt[:rank]))
     sign = _signs(vt)
-    return u.mul_(sign), s, vt.mul_(sign[:, None]), solved
+    return u.mul_(sign), s, vt.mul_(sign[:, None]), Solved(solved.solver, events + solved.events)
 
 
 def leading(build: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor, Solved]:
@@ -209,19 +212,22 @@ def _climb(rungs: list[tuple[str, Callable]]) -> tuple[tuple[Tensor, ...], Solve
     for name, solve in rungs:
         try:
             result = solve()
-        except torch.linalg.LinAlgError as error:
+        except (torch.linalg.LinAlgError, NumericsError) as error:
             events.append(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        if all(bool(part.isfinite().all()) for part in result):
-            return tuple(result), Solved(name, events)
-        events.append(f"{name}: result is not finite")
+        else:
+            if all(bool(part.isfinite().all()) for part in result):
+                return tuple(result), Solved(name, events)
+            events.append(f"{name}: result is not finite")
+        log.warning("linalg: %s", events[-1])  # not every caller has a report to put it in
     raise NumericsError("every solver failed: " + "; ".join(events))
 
 
-def _svd_by_gram(weight: Tensor, rank: int, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_by_gram(weight: Tensor, rank: int, rows: Tensor | None, columns: Tensor | None,
+                 events: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     """s is measured as the length of W v_i, which stays accurate where the square root of an eigenvalue is all noise."""
     is_tall = weight.shape[0] >= weight.shape[1]
-    _, vectors, _ = leading(lambda: smaller_gram(weight, rows, columns), rank)
+    _, vectors, solved = leading(lambda: smaller_gram(weight, rows, columns), rank)
+    events += solved.events
     before, after = (columns, rows) if is_tall else (rows, columns)
     moved = times(weight if is_tall else weight.mT, vectors if before is None else vectors * before[:, None])
     moved = moved if after is None else moved.mul_(after[:, None])
