@@ -194,8 +194,9 @@ def test_first_save_killed_at_every_stage(stage, tmp_path):
 def kill_at_random(folder: Path, write, number_of, times: int) -> None:
     """Starts write(number) again and again, kills it at a random instant, checks that the old or the new one is there."""
     random.seed(times)
-    before, done = number_of(folder), 0
-    wait = 0.02  # seconds; drifts to where half of the kills come too late, however fast this machine is now
+    before, done, began = number_of(folder), 0, time.monotonic()
+    write(before)
+    wait = time.monotonic() - began  # drifts to where half of the kills come too late, however busy the machine is
     for turn in range(times):
         number = before % 8 + 1
         child = start(lambda: write(number))
@@ -207,7 +208,7 @@ def kill_at_random(folder: Path, write, number_of, times: int) -> None:
         done += found == number
         wait *= 0.8 if found == number else 1.25
         before = found
-    assert 0 < done < times  # else the kills showed nothing
+    assert times < 100 or 0 < done < times  # else the kills showed nothing; a few may all come early
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.nightly)])

@@ -264,6 +264,32 @@ def test_second_writer_while_the_first_replaces_gets_an_error(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_folder_that_another_process_replaces_is_left_to_it(tmp_path):
+    storage.write_folder(tmp_path / "out", filler(1))
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ArgumentError, match="out: another process is replacing it"):
+        storage.write_folder(tmp_path / "out", filler(2), overwrite=True)
+    os.close(handle)
+    assert number_of(tmp_path / "out") == 1
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_lock_on_a_folder_that_lost_its_name_does_not_count(tmp_path, monkeypatch):
+    """Another process finished its renames between our opening the folder and our locking it."""
+    (tmp_path / "out").mkdir()
+    lock = fcntl.flock
+
+    def too_late(handle, how):
+        (tmp_path / "out").rename(tmp_path / "aside")
+        (tmp_path / "out").mkdir()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with storage._claim(tmp_path / "out") as ours:
+        assert not ours
+
+
 def test_manifest_notices_every_change(tmp_path):
     storage.write_folder(tmp_path / "out", filler(1))
     path = tmp_path / "out" / manifest.NAME

@@ -85,6 +85,7 @@ def export_dense(model: nn.Module, out: str | Path, *, tokenizer=None, overwrite
     from transformers.modeling_utils import PreTrainedModel
 
     _require(model)
+    storage.check_target(out, overwrite)  # before the multiplication
     config = copy.deepcopy(model.config)
     _forget(config)
     with torch.device("meta"):
