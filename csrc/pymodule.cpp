@@ -68,7 +68,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build_info", &build_info, "Versions and options of this build.");
   m.def("kernels", &kernels, "op -> device -> compiled levels or architectures.");
   m.def("cpu_level", [] { return name_of(cpu_level()); }, "The instruction set level in use.");
-  m.def("choose_config", &choose_config, py::arg("op"), py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r") = 0,
-        py::arg("dtype") = "bfloat16", py::arg("device") = "cpu", py::arg("level") = py::none(),
+  m.def("choose_config", &choose_config, py::arg("op"), py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("r") = 0, py::arg("dtype") = "bfloat16", py::arg("device") = "cpu", py::arg("level") = py::none(),
         "The configuration that op uses for this problem, as a dict; `path` says decode, library or empty.");
 }

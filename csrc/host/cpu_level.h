@@ -9,6 +9,6 @@ constexpr CpuLevel kCpuLevels[] = {CpuLevel::avx512_bf16, CpuLevel::avx2_fma, Cp
 const char* name_of(CpuLevel level);
 bool parse_cpu_level(const char* name, CpuLevel& level);
 
-// The best level that this CPU has and this build contains. LOWFAT_CPU_LEVEL lowers it; a value that names no level is ignored
-// here, because Python has refused it at import.
+// The best level that this CPU has and this build contains. LOWFAT_CPU_LEVEL lowers it; a value that names no level is
+// ignored here, because Python has refused it at import.
 CpuLevel cpu_level();

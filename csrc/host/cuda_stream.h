@@ -5,8 +5,8 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
-// The function lives in libtorch_cuda.so alone. Weak, it is null in a CPU-only torch; elsewhere libtorch.so, which we link by
-// name, has brought that library along.
+// The function lives in libtorch_cuda.so alone. Weak, it is null in a CPU-only torch; elsewhere libtorch.so, which we
+// link by name, has brought that library along.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 inline void* current_cuda_stream(int32_t device) {

@@ -1,5 +1,5 @@
-// What this build has a compiled kernel for, and how each op chooses among its configurations. Filled by csrc/<op>/config.cpp,
-// read by the Python module _C: a new op needs no line anywhere else.
+// What this build has a compiled kernel for, and how each op chooses among its configurations. Filled by
+// csrc/<op>/config.cpp, read by the Python module _C: a new op needs no line anywhere else.
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,8 @@
 
 using Tensor = torch::stable::Tensor;
 
-// torch's own codes, not Tensor::scalar_type() and device(): those pull in functions that only newer torch has, and cost more.
+// torch's own codes, not Tensor::scalar_type() and device(): those pull in functions that only newer torch has, and
+// cost more.
 struct Kind {
   int32_t dtype = 0, device_type = 0, device_index = 0;
 

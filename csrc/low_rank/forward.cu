@@ -2,9 +2,9 @@
 //
 //   x [m, depth]   w [rows, depth]   bias [rows]   y [m, rows]
 //
-// A warp owns one row of w. Its lanes read the row side by side, 16 bytes each where everything is aligned, and multiply it with
-// all rows of x; the lanes' sums meet in a fixed order, so the same inputs give the same bits. Weights are read once, which is
-// all there is to a decode step; x comes from the L1 cache.
+// A warp owns one row of w. Its lanes read the row side by side, 16 bytes each where everything is aligned, and
+// multiply it with all rows of x; the lanes' sums meet in a fixed order, so the same inputs give the same bits. Weights
+// are read once, which is all there is to a decode step; x comes from the L1 cache.
 //
 // A first version, plain on purpose. It compiles for sm_80, sm_90a and as PTX, and tests run its arithmetic on the host;
 // it HAS NEVER RUN ON A GPU, and no speed is claimed for it.
@@ -23,7 +23,7 @@ constexpr int kWarps = 8;  // in a block
 template <class T, int kTokenCount, bool kIsAligned>
 struct DecodeConfig {
   using Element = T;
-  static constexpr int kTokens = kTokenCount;  // rows of x up to this many; those past m are computed on the last row and dropped
+  static constexpr int kTokens = kTokenCount;  // rows of x; those past m are computed on the last row and dropped
   static constexpr int kWidth = kIsAligned ? 16 / sizeof(T) : 1;  // elements in one load
   static_assert(kTokens <= kWarpLanes, "lane t stores token t");
 };

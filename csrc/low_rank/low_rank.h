@@ -31,8 +31,8 @@ struct Product {
   const void* then;  // CPU: what is read after w, prefetched towards the end of it; or null
 };
 
-// One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone, so the
-// bits are the same however the row tiles are split among threads.
+// One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone,
+// so the bits are the same however the row tiles are split among threads.
 struct CpuKernel {
   int64_t row_tile;
   int64_t (*prepared_bytes)(int64_t m, int64_t depth);                          // 0: x is used as it is

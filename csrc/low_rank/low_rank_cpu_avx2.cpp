@@ -12,6 +12,7 @@ struct Avx2 : FourSums {
   using Sum = __m256;
 
   static Sum zero() { return _mm256_setzero_ps(); }
+  static void store_part(float* to, __m256 part) { _mm256_storeu_ps(to, part); }
   static Sum multiply_add(__m256 w, __m256 x, Sum sum) { return _mm256_fmadd_ps(w, x, sum); }
   static __m128 reduce(const Sum (&v)[4]) {
     const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));  // a b c d in both halves
@@ -19,7 +20,7 @@ struct Avx2 : FourSums {
   }
 };
 
-struct Avx2Float : Avx2, Unprepared<float> {
+struct Avx2Float : Avx2, Packed<Avx2Float, 8> {
   static constexpr int kStep = 8, kParts = 1;
   using Weight = float;
   struct Wide {
@@ -32,12 +33,10 @@ struct Avx2Float : Avx2, Unprepared<float> {
     return {{_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane))}};
   }
   template <int>
-  static __m256 load_x(const float* p) { return load(p).part[0]; }
-  template <int>
-  static __m256 load_x_tail(const float* p, int64_t count) { return load_tail(p, count).part[0]; }
+  static __m256 load_x(const float* p, int64_t) { return _mm256_loadu_ps(p); }
 };
 
-struct Avx2Bf16 : Avx2, Widened<Avx2Bf16, 16> {
+struct Avx2Bf16 : Avx2, Packed<Avx2Bf16, 16> {
   static constexpr int kStep = 16, kParts = 2;
   using Weight = uint16_t;
   struct Wide {
@@ -55,10 +54,7 @@ struct Avx2Bf16 : Avx2, Widened<Avx2Bf16, 16> {
     return load(padded);
   }
   template <int kPart>
-  static __m256 load_x(const float* p) { return _mm256_loadu_ps(p + 8 * kPart); }
-  template <int kPart>
-  static __m256 load_x_tail(const float* p, int64_t) { return load_x<kPart>(p); }
-  static void store_part(float* to, __m256 part) { _mm256_storeu_ps(to, part); }
+  static __m256 load_x(const float* p, int64_t) { return _mm256_loadu_ps(p + 8 * kPart); }
 };
 
 }  // namespace

@@ -1,8 +1,9 @@
 // Decode with AVX-512: 24 sums, 4 weights and one x fit the 32 registers.
 //
-// bf16 has two kernels. On the CPU this was written on (Sapphire Rapids class) vdpbf16ps does 42 G multiply-adds a second and
-// fma 87: from m = 3 on, where arithmetic shows, weights are widened to float, and x was before. At m <= 2 memory is all there
-// is; vdpbf16ps needs no widening and is 5 % faster. It takes subnormal bf16 numbers as zero, as torch's bf16 matmul does there.
+// bf16 has two kernels. On the CPU this was written on (Sapphire Rapids class) vdpbf16ps does 42 G multiply-adds a
+// second and fma 87: from m = 3 on, where arithmetic shows, weights are widened to float, and x was before. At m <= 2
+// memory is all there is; vdpbf16ps needs no widening and is 5 % faster. It takes subnormal bf16 numbers as zero, as
+// torch's bf16 matmul does there.
 #include <immintrin.h>
 
 #include "low_rank/store_x86.h"
@@ -29,7 +30,7 @@ struct Avx512 : FourSums {
   }
 };
 
-struct Avx512Float : Avx512, Unprepared<float> {
+struct Avx512Float : Avx512, Packed<Avx512Float, 16> {
   static constexpr int kTokens = 6, kStep = 16, kParts = 1;
   using Weight = float;
   struct Wide {
@@ -41,9 +42,8 @@ struct Avx512Float : Avx512, Unprepared<float> {
     return {{_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)}};
   }
   template <int>
-  static __m512 load_x(const float* p) { return load(p).part[0]; }
-  template <int>
-  static __m512 load_x_tail(const float* p, int64_t count) { return load_tail(p, count).part[0]; }
+  static __m512 load_x(const float* p, int64_t) { return _mm512_loadu_ps(p); }
+  static void store_part(float* to, __m512 part) { _mm512_storeu_ps(to, part); }
   static Sum multiply_add(__m512 w, __m512 x, Sum sum) { return _mm512_fmadd_ps(w, x, sum); }
 };
 
@@ -66,15 +66,13 @@ struct Avx512Bf16Pairs : Bf16Weights, Unprepared<uint16_t> {
   static Wide load(const uint16_t* p) { return {{load_bits(p)}}; }
   static Wide load_tail(const uint16_t* p, int64_t count) { return {{load_bits(p, count)}}; }
   template <int>
-  static __m512i load_x(const uint16_t* p) { return load_bits(p); }
-  template <int>
-  static __m512i load_x_tail(const uint16_t* p, int64_t count) { return load_bits(p, count); }
+  static __m512i load_x(const uint16_t* p, int64_t count) { return count == kStep ? load_bits(p) : load_bits(p, count); }
   static Sum multiply_add(__m512i w, __m512i x, Sum sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
 };
 
-struct Avx512Bf16Wide : Bf16Weights, Widened<Avx512Bf16Wide, 32> {
+struct Avx512Bf16Wide : Bf16Weights, Packed<Avx512Bf16Wide, 32> {
   static constexpr int kTokens = 4, kParts = 2;  // 16 sums and 8 weights; with 6 tokens the compiler spills
   struct Wide {
     __m512 part[2];  // even, odd
@@ -87,9 +85,7 @@ struct Avx512Bf16Wide : Bf16Weights, Widened<Avx512Bf16Wide, 32> {
   static Wide load(const uint16_t* p) { return widen(load_bits(p)); }
   static Wide load_tail(const uint16_t* p, int64_t count) { return widen(load_bits(p, count)); }
   template <int kPart>
-  static __m512 load_x(const float* p) { return _mm512_loadu_ps(p + 16 * kPart); }
-  template <int kPart>
-  static __m512 load_x_tail(const float* p, int64_t) { return load_x<kPart>(p); }
+  static __m512 load_x(const float* p, int64_t) { return _mm512_loadu_ps(p + 16 * kPart); }
   static void store_part(float* to, __m512 part) { _mm512_storeu_ps(to, part); }
   static Sum multiply_add(__m512 w, __m512 x, Sum sum) { return _mm512_fmadd_ps(w, x, sum); }
 };

@@ -1,4 +1,5 @@
-// Decode for any CPU: no instruction beyond the compiler's baseline (SSE2 or NEON through the compiler's own 4-wide vectors).
+// Decode for any CPU: no instruction beyond the compiler's baseline (SSE2 or NEON through the compiler's own 4-wide
+// vectors).
 #include "low_rank/decode_cpu.h"
 
 namespace low_rank {
@@ -10,12 +11,10 @@ struct Four {
   float sums[4];
 };
 
-// x is widened to float once, and padded with zeros to whole vectors.
 template <class Element>
-struct Scalar {
+struct Scalar : Packed<Scalar<Element>, 4> {
   static constexpr int kRows = 4, kTokens = 2, kStep = 4, kParts = 1;
   using Weight = Element;
-  using Input = float;
   struct Wide {
     Float4 part[1];
   };
@@ -35,9 +34,8 @@ struct Scalar {
     return load(padded);
   }
   template <int>
-  static Float4 load_x(const float* p) { return load4(p); }
-  template <int>
-  static Float4 load_x_tail(const float* p, int64_t) { return load4(p); }
+  static Float4 load_x(const float* p, int64_t) { return load4(p); }
+  static void store_part(float* to, Float4 part) { __builtin_memcpy(to, &part, sizeof(part)); }
   static Sum multiply_add(Float4 w, Float4 x, Sum sum) { return sum + w * x; }
   static Four reduce(const Sum (&v)[4]) {
     Four all;
@@ -52,19 +50,6 @@ struct Scalar {
   static void keep_partial(float* partial, const Four& all) { __builtin_memcpy(partial, all.sums, sizeof(all.sums)); }
   static void store(Element* y, const Four& all, const Element* bias, int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) store_one(y + i, all.sums[i], bias ? bias + i : nullptr);
-  }
-
-  static int64_t x_stride(int64_t depth) { return (depth + kStep - 1) / kStep * kStep; }
-  static int64_t prepared_bytes(int64_t m, int64_t depth) { return m * x_stride(depth) * 4; }
-  static void prepare(const void* x, void* prepared, int64_t m, int64_t depth) {
-    for (int64_t row = 0; row < m; ++row) {
-      const auto* from = static_cast<const Element*>(x) + row * depth;
-      auto* to = static_cast<float*>(prepared) + row * x_stride(depth);
-      for (int64_t d = 0; d < depth; d += kStep) {
-        const Wide wide = depth - d >= kStep ? load(from + d) : load_tail(from + d, depth - d);
-        __builtin_memcpy(to + d, wide.part, sizeof(wide.part));
-      }
-    }
   }
 };
 

@@ -43,33 +43,5 @@ struct FourSums {
   }
 };
 
-// x as it is.
-template <class Element>
-struct Unprepared {
-  using Input = Element;
-  static int64_t x_stride(int64_t depth) { return depth; }
-  static int64_t prepared_bytes(int64_t, int64_t) { return 0; }
-  static void prepare(const void*, void*, int64_t, int64_t) {}
-};
-
-// x widened from bf16 to float once: for each V::kStep numbers first the even, then the odd ones; zeros after the last.
-template <class V, int kStep>
-struct Widened {
-  using Input = float;
-  static int64_t x_stride(int64_t depth) { return (depth + kStep - 1) / kStep * kStep; }
-  static int64_t prepared_bytes(int64_t m, int64_t depth) { return m * x_stride(depth) * 4; }
-  static void prepare(const void* x, void* prepared, int64_t m, int64_t depth) {
-    for (int64_t row = 0; row < m; ++row) {
-      const auto* from = static_cast<const uint16_t*>(x) + row * depth;
-      auto* to = static_cast<float*>(prepared) + row * x_stride(depth);
-      for (int64_t d = 0; d < depth; d += kStep) {
-        const auto wide = depth - d >= kStep ? V::load(from + d) : V::load_tail(from + d, depth - d);
-        V::store_part(to + d, wide.part[0]);
-        V::store_part(to + d + kStep / 2, wide.part[1]);
-      }
-    }
-  }
-};
-
 }  // namespace
 }  // namespace low_rank
