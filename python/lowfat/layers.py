@@ -19,8 +19,8 @@ def factorizable(model: nn.Module, patterns: Sequence[str] | None = None) -> dic
     Without patterns: every `nn.Linear` and `Conv1D` of the blocks in an `nn.ModuleList`, so neither heads nor poolers. With
     patterns (as in fnmatch): those that match. Raises ArgumentError where nothing matches, UnsupportedError for a sharded
     weight."""
-    linear, reasons = _sort(model, patterns)
     _check_patterns(patterns, model)
+    linear, reasons = _sort(model, patterns)
     if not linear:
         found = _forms(name for name, module in model.named_modules() if is_linear(module))
         why = next((f"; {name}: {reason}" for name, reason in reasons.items() if name in _matched(model, patterns)), "")
