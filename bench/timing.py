@@ -1,0 +1,119 @@
+"""What benchmarks share: weights read from memory, not from caches; paired timing; poisoned outputs, judged afterwards."""
+import datetime
+import glob
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def header(threads: int) -> dict:
+    """What a number means nothing without."""
+    import lowfat
+    from lowfat import doctor
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": doctor.cpu()["name"], "cores": os.cpu_count(), "threads": threads, "level": doctor.cpu()["level"],
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "lowfat": lowfat.build_info().get("version"), "compiler": lowfat.build_info().get("compiler"),
+        "torch": torch.__version__, "python": platform.python_version(),
+    }
+
+
+def last_level_cache_bytes() -> int:
+    """Of cpu0; 64 MB where the system does not say."""
+    sizes = [Path(path).read_text().strip() for path in glob.glob("/sys/devices/system/cpu/cpu0/cache/index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=64 << 20)
+
+
+class Pool:
+    """Random weights, over twice the last-level cache. next() goes around in it, so that every call finds its own in
+    memory, as a model's decode step does. Never zeros: real hardware is faster on them."""
+
+    def __init__(self, dtype: torch.dtype, scale: float, size_bytes: int | None = None):
+        size_bytes = size_bytes or 2 * last_level_cache_bytes() + (64 << 20)
+        self.values, self.at = torch.empty(size_bytes // dtype.itemsize, dtype=dtype), 0
+        for piece in self.values.split(1 << 24):  # no second copy of all of it in fp32
+            piece.copy_(torch.randn(piece.numel()).mul_(scale))
+
+    def next(self, count: int) -> Tensor:
+        if count > self.values.numel():
+            raise ValueError(f"the pool has {self.values.numel()} numbers, {count} are needed")
+        if self.at + count > self.values.numel():
+            self.at = 0
+        slab = self.values[self.at:self.at + count]
+        self.at += -(-count // 64) * 64  # the next one starts at a cache line
+        return slab
+
+
+class Candidate(NamedTuple):
+    count: int  # numbers it reads from the pool
+    operands: Callable[[Tensor], tuple]  # those numbers, as the arguments of call; not timed
+    call: Callable[..., Tensor]  # timed; must return a tensor of its own
+
+
+class Timed(NamedTuple):
+    us: list[float]  # one per repeat
+    results: list[tuple[tuple, Tensor]]  # operands and the very buffers of the last timed calls
+
+
+def paired(candidates: dict[str, Candidate], pool: Pool, *, repeats: int, kept: int = 2,
+           warmup: int = 2) -> dict[str, Timed]:
+    """Time every candidate once per repeat, in alternating order, each time on other weights.
+
+    A buffer that goes back to the allocator is filled with NaN first, so that a candidate which computes nothing is given
+    NaN or a result for other weights, and fails when its buffers are judged."""
+    us, results = {name: [] for name in candidates}, {name: deque() for name in candidates}
+    for name, candidate in candidates.items():
+        y = candidate.call(*candidate.operands(pool.next(candidate.count)))
+        blanks = [torch.full_like(y, poison_of(y)) for _ in range(4)]  # held together, so that each is another buffer
+        del y, blanks
+    for i in range(-warmup, repeats):
+        for name in candidates if i % 2 else reversed(candidates):
+            candidate = candidates[name]
+            operands = candidate.operands(pool.next(candidate.count))
+            start = time.perf_counter()
+            y = candidate.call(*operands)
+            elapsed = time.perf_counter() - start
+            if i >= 0:
+                us[name].append(elapsed * 1e6)
+            results[name].append((operands, y))
+            del y
+            if len(results[name]) > kept:
+                _, old = results[name].popleft()
+                old.fill_(poison_of(old))
+                del old
+    return {name: Timed(us[name], list(results[name])) for name in candidates}
+
+
+def poison_of(y: Tensor) -> float | int:
+    return float("nan") if y.dtype.is_floating_point else torch.iinfo(y.dtype).max
+
+
+def times_faster(ours: Timed, theirs: Timed) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of theirs / ours over pairs of neighbours."""
+    return tuple(quantiles([b / a for a, b in zip(ours.us, theirs.us, strict=True)], n=4))
+
+
+def repeats_for(bytes_read: int, seconds: float, gb_per_s: float = 5.0) -> int:
+    """Repeats that take about this long at a cautious bandwidth; odd, so that the median is a measurement."""
+    return max(15, min(301, int(seconds * gb_per_s * 1e9 / bytes_read))) | 1
+
+
+def markdown(columns: dict[str, str], rows: list[dict]) -> str:
+    """A table; columns: key of a row -> title."""
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(row[key]) for key in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def microseconds(timed: Timed) -> float:
+    return median(timed.us)
