@@ -6,6 +6,8 @@ namespace low_rank {
 namespace {
 
 typedef float Float4 __attribute__((vector_size(16)));
+typedef uint32_t Bits4 __attribute__((vector_size(16)));
+typedef uint16_t Half4 __attribute__((vector_size(8)));
 
 struct Four {
   float sums[4];
@@ -26,7 +28,11 @@ struct Scalar : Packed<Scalar<Element>, 4> {
     __builtin_memcpy(&wide, p, sizeof(wide));
     return wide;
   }
-  static Float4 load4(const uint16_t* p) { return Float4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+  static Float4 load4(const uint16_t* p) {
+    Half4 half;
+    __builtin_memcpy(&half, p, sizeof(half));
+    return reinterpret_cast<Float4>(__builtin_convertvector(half, Bits4) << 16);
+  }
   static Wide load(const Element* p) { return {{load4(p)}}; }
   static Wide load_tail(const Element* p, int64_t count) {
     Element padded[kStep] = {};
