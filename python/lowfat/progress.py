@@ -3,6 +3,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,9 +86,19 @@ def remove(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name not in (FINGERPRINT, LOCK):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            discard(path)
+        elif path.name not in (FINGERPRINT, LOCK):
+            path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder under another name, so that what a kill leaves of it is not taken for the whole."""
+    aside = folder.with_name(f".removed-{secrets.token_hex(4)}")
+    folder.rename(aside)
+    storage.stage("renamed")
+    shutil.rmtree(aside)
 
 
 def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

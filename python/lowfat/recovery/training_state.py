@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import random
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .. import storage
 from ..errors import NumericsError
+from ..progress import discard
 
 TENSORS, STATE, TRAINER = "state.safetensors", "state.json", "trainer_state.json"  # the last name is transformers'
 
@@ -48,7 +48,7 @@ class ResumableTrainer(Trainer):
         storage.write_folder(target, fill, overwrite=True)
         for older in sorted(self.states.glob("step-*")):
             if older != target:
-                shutil.rmtree(older)
+                discard(older)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         storage.verify(Path(resume_from_checkpoint))
