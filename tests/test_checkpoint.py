@@ -18,6 +18,7 @@ from lowfat.structures import LowRank, LowRankGroup
 from lowfat.validate import INDEX, WEIGHTS
 
 MODELS = ("tiny_bert", "tiny_bert_base", "tiny_llama", "tiny_llama_tied", "tiny_gpt2")
+NEW_PROCESS = pytest.mark.timeout(120)  # importing transformers anew takes 4 s of an idle core, a minute of a crowded one
 PACKAGE = str(Path(checkpoint.__file__).parent.parent)
 
 
@@ -71,7 +72,7 @@ def run(code: str, *arguments) -> str:
     """Runs Python in a new process, offline, and gives what it prints."""
     environment = os.environ | {"PYTHONPATH": PACKAGE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -106,6 +107,7 @@ def test_save_pretrained_writes_what_save_writes(model, tmp_path):
         assert first == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}, name
 
 
+@NEW_PROCESS
 def test_export_dense_opens_without_lowfat(request, tmp_path):
     models = {name: shrink(request.getfixturevalue(name)) for name in MODELS}
     for name, model in models.items():
@@ -145,6 +147,7 @@ def test_config_gains_one_section(tiny_bert, tmp_path):
         "structure": "LowRank", "in_features": 32, "out_features": 32, "rank": 5, "bias": True}
 
 
+@NEW_PROCESS
 def test_plain_transformers_stops(tiny_bert, tiny_gpt2, tmp_path):
     """Decision 10. With a dense checkpoint saved to the same folder before: it must not be found and opened instead."""
     tiny_bert.save_pretrained(tmp_path / "bert")
@@ -159,6 +162,7 @@ def test_plain_transformers_stops(tiny_bert, tiny_gpt2, tmp_path):
     assert text.count("no file named model.safetensors") == 3
 
 
+@NEW_PROCESS
 @pytest.mark.parametrize("first", [
     # find_spec asks for the module without importing it
     "import lowfat.checkpoint, importlib.util; assert 'transformers' not in sys.modules; "
@@ -203,6 +207,18 @@ def test_shards_have_our_names(model, tmp_path):
     assert set(index["weight_map"].values()) == {name for name in names if "-of-" in name}
     assert_same(model, checkpoint.load(tmp_path / "out"))
     assert_same(model, type(model).from_pretrained(tmp_path / "out"))
+
+
+def test_stacked_experts_keep_their_names(tmp_path):
+    """transformers stores the experts of a mixture apart and stacks them on loading; our file has them as the model does."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+    model = shrink(MixtralForCausalLM(MixtralConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16,
+        num_local_experts=3)).eval())
+    checkpoint.save(model, tmp_path / "out")
+    assert set(storage.read_tensors(tmp_path / "out" / WEIGHTS)) == set(model.state_dict())
+    for loaded in (checkpoint.load(tmp_path / "out"), MixtralForCausalLM.from_pretrained(tmp_path / "out")):
+        assert_same(model, loaded)
 
 
 def test_tied_weights_stay_tied_and_untied_ones_do_not(tiny_llama, tiny_llama_tied, tmp_path):
@@ -254,6 +270,7 @@ def test_loaded_model_is_an_ordinary_float_model(tiny_bert, tmp_path):
     for loaded in (checkpoint.load(tmp_path / "out"), type(tiny_bert).from_pretrained(tmp_path / "out")):
         assert loaded.half().dtype == torch.float16 and loaded.float().dtype == torch.float32
         assert not getattr(loaded, "is_quantized", False) and not hasattr(loaded, "hf_quantizer")
+        assert not getattr(loaded.config, "_is_quantized", False)
         Trainer(loaded, TrainingArguments(str(tmp_path / "trainer"), report_to=[], use_cpu=True))
         assert all(parameter.requires_grad for parameter in loaded.parameters())
 

@@ -65,9 +65,8 @@ class FactorQuantizer(HfQuantizer):
             if (local := here(model, name, modules)) is not None:
                 layer = build(name, spec)
                 check_layer(name, layer, modules[local])
-                # GPT-2 initializes `c_proj.weight` by that name even after loading: it finds one, marked as done
+                # GPT-2 initializes `c_proj.weight` by that name even after loading: let it find one, without memory
                 layer.weight = torch.empty(layer.out_features, layer.in_features, device="meta")
-                layer.weight._is_hf_initialized = True
                 replace(model, local, layer)
                 found += 1
             elif exact.get():
