@@ -129,6 +129,7 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
           "finetune": ["step 1", "step 3", "S2", "S6", "step 6", "last S3", "last S6", "progress removal"]}
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", JOBS)
 def test_killed_at_a_stage(tmp_path, name):
     dense_model(tmp_path / "dense")
