@@ -48,11 +48,11 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
               on_progress: Callable[[int, int, str], None] | None = None) -> Calibration:
     """Statistics of each layer's inputs over all batches, each a dict for model(**batch); padding is left out.
 
-    layers: name patterns. fisher: "sums" (the default where batches carry labels), "elements" for fwsvd with exact=True, False
-    for none. out: a folder for the statistics. When they need more than `memory` bytes (by default half of what is free) they
-    are gathered window by window, each written and dropped, and the batches are read once for each window. The same call goes
-    on where an interrupted one stopped. on_progress(batches done, in all, what is done) hears of the need for memory first.
-    The model is left exactly as it was. Raises ArgumentError, NumericsError, UnsupportedError."""
+    layers: name patterns. fisher: "sums" (the default where batches carry labels), "elements" for fwsvd with exact=True,
+    False for none. out: a folder for the statistics. When they need more than `memory` bytes (by default half of what is
+    free) they are gathered window by window, each written and dropped, and the batches are read once for each window. The
+    same call goes on where an interrupted one stopped. on_progress(batches done, in all, what is done) hears of the need for
+    memory first. The model is left exactly as it was. Raises ArgumentError, NumericsError, UnsupportedError."""
     modules = factorizable(model, layers)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedError("calibrate: encoder-decoder models; which mask belongs to which layer is not known")
@@ -70,7 +70,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
         windows = _windows([number for number, group in enumerate(groups) if group.names[0] not in found], needs,
                            _free(model) // 2 if memory is None else memory, folder)
         total = len(windows) * look.batches
-        _tell(on_progress, 0, total, f"{len(modules)} layers, {len(groups)} distinct inputs: statistics of {_size(sum(needs))}"
+        _tell(on_progress, total, f"{len(modules)} layers, {len(groups)} distinct inputs: statistics of {_size(sum(needs))}"
               + (f" in {len(windows)} passes" if len(windows) > 1 else ""))
         for index, window in enumerate(windows):
             title = f"pass {index + 1} of {len(windows)}" if len(windows) > 1 else "calibration"
@@ -270,10 +270,10 @@ def _free(model: nn.Module) -> int:
     return free
 
 
-def _tell(on_progress: Callable | None, done: int, total: int, text: str) -> None:
+def _tell(on_progress: Callable | None, total: int, text: str) -> None:
     log.info("calibration: %s", text)
     if on_progress:
-        on_progress(done, total, text)
+        on_progress(0, total, text)
 
 
 def _size(count: float) -> str:

@@ -1,7 +1,8 @@
 """The empirical Fisher information of weights: the mean over samples of the squared gradient of each sample's own loss.
 
 Squaring the gradient of a batch would estimate something else (methods.md 0). A linear layer's gradient is g^T x, so one
-backward pass over a batch is enough when inputs x [B, T, k] and output gradients g [B, T, n] are kept: g_b^T x_b is sample b's.
+backward pass over a batch is enough where inputs x [B, T, k] and output gradients g [B, T, n] are kept: g_b^T x_b is that of
+sample b.
 """
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class FisherSums:
     def means(self, samples: int) -> dict:
         """The fields of Stats."""
         parts = {"fisher_in": self.into, "fisher_out": self.out, "fisher": self.elements}
-        return {name: None if part is None else (part / samples).cpu() for name, part in parts.items()} | {"samples": samples}
+        return {"samples": samples} | {name: (part / samples).cpu() for name, part in parts.items() if part is not None}
 
 
 def add_fisher(model: nn.Module, batch: Mapping[str, Tensor], modules: Mapping[str, nn.Module],
@@ -112,13 +113,14 @@ def batch_shape(batch: Mapping) -> tuple[int, ...]:
 
 def _singles(batch: Mapping, samples: int) -> Iterator[dict]:
     for sample in range(samples):
-        yield {name: value[sample:sample + 1] if isinstance(value, Tensor) and value.dim() and len(value) == samples else value
+        yield {name: value[sample:sample + 1] if isinstance(value, Tensor) and value.shape[:1] == (samples,) else value
                for name, value in batch.items()}
 
 
 def _by_sample(tensor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     """[B, T, features] of a layer's input or gradient."""
-    if shape[0] == 1 or tensor.shape[:len(shape)] == shape or (tensor.dim() == 2 and len(tensor) == torch.Size(shape).numel()):
+    flattened = tensor.dim() == 2 and len(tensor) == torch.Size(shape).numel()
+    if shape[0] == 1 or tensor.shape[:len(shape)] == shape or flattened:
         return tensor.reshape(shape[0], -1, tensor.shape[-1])
     raise UnsupportedError(f"{name}: inputs {list(tensor.shape)} cannot be told apart for {shape[0]} samples; "
                            "use batches of one sample for the Fisher information")

@@ -1,8 +1,8 @@
 """Truncated SVD, eigenvectors, matrix roots and the balancing of two factors: in fp64, deterministic, with ways out.
 
 Large operands are upcast to fp64 block by block. For a weight of at most fp32, singular vectors come from the eigenvectors
-of the smaller Gram matrix: squaring costs half of fp64's digits, which leaves an error of 1e-8 of the largest singular value,
-less than an fp32 SVD has, for a fraction of its time.
+of the smaller Gram matrix: squaring costs half of fp64's digits, which leaves an error of 1e-8 of the largest singular
+value, less than an fp32 SVD has, for a fraction of its time.
 """
 import logging
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ log = logging.getLogger("lowfat")
 _BLOCK = 1 << 18  # numbers upcast at a time, 2 MiB in fp64: what malloc keeps of freed blocks grows with their size
 _ROWS = 256  # but never fewer rows: products of thinner blocks are bound by memory
 _JITTERS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # parts of the mean diagonal, tried in turn
-_CLIP = 1e-12  # eigenvalues below this part of the largest are taken for it
+_CLIP = 1e-12  # of the largest eigenvalue; smaller ones are taken for it
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -65,10 +65,10 @@ def require_rank(rank: int, weight: Tensor) -> None:
 
 def truncated_svd(weight: Tensor, rank: int, *, rows: Tensor | None = None,
                   columns: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Solved]:
-    """The leading singular triples of W, or of D_rows W D_columns, in fp64: largest first, the largest entry of each row of vt
-    positive.
+    """The leading singular triples of W, or of D_rows W D_columns, in fp64, largest first.
 
-    u [n, r]   s [r]   vt [r, k]; where s is zero, so is the column of u. Raises NumericsError, ShapeError."""
+    u [n, r]   s [r]   vt [r, k], the largest entry of each of its rows positive; where s is zero, so is the column of u.
+    Raises NumericsError, ShapeError."""
     require_finite(weight, "weight")
     require_rank(rank, weight)
 
@@ -135,8 +135,9 @@ def gram_root(gram: Tensor, solver: str, shift: float = 0.0) -> Root:
                 return Root(lower, None, events + ([f"cholesky: {jitter:g} of the mean diagonal added"] if jitter else []))
         events.append("cholesky: not positive definite, eigenvalues clipped")
     values, vectors, solved = leading(shifted, gram.shape[0])
-    return Root(vectors, values.clamp_min(max(float(values[0]) * _CLIP, torch.finfo(torch.float64).tiny)).sqrt(),
-                events + solved.events)
+    # below the shift there is only rounding: summed in fp32, a Gram matrix is indefinite by 1e-7 of its largest eigenvalue
+    least = max(shift, float(values[0]) * _CLIP, torch.finfo(torch.float64).tiny)
+    return Root(vectors, values.clamp_min(least).sqrt(), events + solved.events)
 
 
 def gram_of(matrix: Tensor, root: Root | None = None, *, rows: Tensor | None = None) -> Tensor:
@@ -181,16 +182,17 @@ def times(matrix: Tensor, right: Tensor, dtype: torch.dtype = torch.float64) -> 
     return out
 
 
-def balance(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float64, *, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def balance(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float64, *,
+            right: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same product with u^T u = v v^T = its singular values on a diagonal, largest first.   u [n, r]   v [r, k]
 
     Adam trains factors of different scale badly. With u = Q R and v^T = P T, the r x r core R T^T is A S B^T, and the new
     factors are Q A sqrt(S) = u T^T B / sqrt(S) and its mirror image: Q and P, as large as the factors, are never made. Given
     right [k, r], u stands for u right, which is not made either."""
     left_triangle, right_triangle = _triangle(u, right), _triangle(v.mT)
-    core = left_triangle @ right_triangle.mT
-    (a, s, bt), _ = _climb([("svd", lambda: torch.linalg.svd(core, full_matrices=False)),
-                            ("svd on the CPU", lambda: torch.linalg.svd(core.cpu(), full_matrices=False))])
+    (a, s, bt), _ = _climb([("svd", lambda: torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)),
+                            ("svd on the CPU", lambda: torch.linalg.svd((left_triangle @ right_triangle.mT).cpu(),
+                                                                        full_matrices=False))])
     a, s, bt = a.to(u.device), s.to(u.device), bt.to(u.device)
     noise = _EPS * len(s) * torch.linalg.matrix_norm(left_triangle) * torch.linalg.matrix_norm(right_triangle)
     inverse = torch.where(s > noise, s, torch.inf).rsqrt()  # zero where the product has no such direction
@@ -215,7 +217,7 @@ def _climb(rungs: list[tuple[str, Callable]]) -> tuple[tuple[Tensor, ...], Solve
         except (torch.linalg.LinAlgError, NumericsError) as error:
             events.append(f"{name}: {str(error).splitlines()[0]}")
         else:
-            if all(bool(part.isfinite().all()) for part in result):
+            if all(block.isfinite().all() for part in result for _, block in _row_blocks(part)):
                 return tuple(result), Solved(name, events)
             events.append(f"{name}: result is not finite")
         log.warning("linalg: %s", events[-1])  # not every caller has a report to put it in

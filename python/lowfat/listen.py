@@ -28,7 +28,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def listening(modules: Mapping[str, nn.Module], before: Callable | None = None, after: Callable | None = None) -> Iterator[None]:
+def listening(modules: Mapping[str, nn.Module], before: Callable | None = None,
+              after: Callable | None = None) -> Iterator[None]:
     """before(name, x) when a layer is called; after(name, x, y) when it has answered, and what that returns replaces y."""
     handles = []
     try:

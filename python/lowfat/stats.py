@@ -68,8 +68,10 @@ class Calibration(Mapping[str, Stats]):
 
     @staticmethod
     def load(folder: str | os.PathLike) -> "Calibration":
-        """The statistics in a folder, each layer read when it is asked for. ArgumentError: no such folder; FormatError: not one
-        of calibrate's; reading a layer raises IntegrityError when its numbers are not those that were written."""
+        """The statistics in a folder, each layer read when it is asked for.
+
+        ArgumentError: no such folder. FormatError: not one of calibrate's. IntegrityError, when a layer is read: its numbers
+        are not those that were written."""
         return _Stored(Path(folder))
 
 
@@ -145,7 +147,7 @@ def write_index(folder: Path, layers: Mapping[str, dict]) -> None:
 
 
 def read_entry(folder: Path, name: str, entry: dict) -> Stats:
-    """Copies into memory of torch's own, never views of the file: how a matrix is aligned may change the bits of a product."""
+    """Copies in memory of torch's own, no views of the file: how a matrix is aligned may change the bits of a product."""
     path = folder / entry["file"]
     header, tensors = read_header(path), {}
     for field, digest in entry["digests"].items():

@@ -85,8 +85,8 @@ def _elements(weight: Tensor, stats: "Stats") -> Tensor:
 def _elementwise(weight: Tensor, fisher: Tensor, u: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, list[str]]:
     """Lower sum_ij F_ij (W - u v)_ij^2 step by step: Z <- weighted SVD of Z + F / M * (W - Z) (Srebro and Jaakkola 2003).
 
-    There M is one number, max F, and Fisher information is so uneven that nothing moves. Any M_ij = a_i b_j >= F_ij keeps both
-    the closed form and the descent, and is tighter."""
+    There M is one number, max F, and Fisher information is so uneven that nothing moves. Any M_ij = a_i b_j >= F_ij keeps
+    both the closed form and the descent, and is tighter."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, fisher = weight.to(dtype), fisher.to(dtype)
     if not fisher.any():
