@@ -71,6 +71,8 @@ def open_model(folder: str | Path, *, task: str | None = None, device: str | tor
     import transformers
 
     folder = Path(folder)
+    if task not in (None, *AUTO_CLASSES):
+        raise ArgumentError(f"task is {task!r}; needs one of {', '.join(AUTO_CLASSES)}")
     if not (folder / "config.json").is_file():
         raise ArgumentError(f"{folder}: {'no config.json, so not a model' if folder.is_dir() else 'no such folder'}")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import storage
-from .errors import ArgumentError, CompatibilityError, FormatError, IntegrityError
+from .errors import ArgumentError, CompatibilityError, FormatError, IntegrityError, StorageError
 
 FINGERPRINT, LOCK = "fingerprint.json", "lock"
 
@@ -24,7 +24,10 @@ def opened(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
 
     ArgumentError: it belongs to a job with another fingerprint (the differences are named), or to a running process."""
     folder = Path(folder)
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made: {error.strerror}") from error
     with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
