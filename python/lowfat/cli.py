@@ -1,0 +1,251 @@
+"""The `lowfat` command: reads options, shows progress and tables, and exits; the work is done by the library."""
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+
+from .data import MAX_LENGTH, TASKS, read_rows
+from .demo import ENCODER, encoder_folder
+from .errors import ArgumentError, DeviceError, LowfatError
+from .methods import METHODS
+from .plan import POLICIES
+from .show import bar, print_json, show_demo, show_doctor, show_numbers, show_report, show_spectra, show_training
+
+UsageError = typer.BadParameter.__base__  # click's, or that of the copy inside newer typers
+
+
+class OneLine(typer.core.TyperGroup):
+    """What the user can put right is one line on stderr and exit code 2; a bug keeps its traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (LowfatError, UsageError) as error:
+            message = error.format_message() if isinstance(error, UsageError) else str(error)
+            print("lowfat:", " ".join(message.split()), file=sys.stderr)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(cls=OneLine, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Makes transformers smaller by factorizing their linear layers.")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", hidden=True)]  # hidden: the help text says what it is, in fewer lines
+Out = Annotated[Path, typer.Argument(metavar="OUT", hidden=True)]
+Device = Annotated[str, typer.Option(metavar="WHERE", help="auto, cpu or cuda.")]
+Task = Annotated[Optional[str], typer.Option(metavar="NAME", help=f"{', '.join(TASKS)}; default: the model's.")]
+MaxLength = Annotated[int, typer.Option(metavar="TOKENS", help="Longer texts are cut.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in a batch.")]
+Samples = Annotated[Optional[int], typer.Option(metavar="N", help="Read only the first N texts.")]
+Dtype = Annotated[Optional[str], typer.Option(metavar="NAME", help="float32, bfloat16, float16; default: as stored.")]
+Layers = Annotated[Optional[list[str]], typer.Option(metavar="PATTERN", help="Only names like '*.query'; may be repeated.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of the order of texts, and dropout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+@app.callback()
+def quiet() -> None:
+    """Only what is ours on the terminal: transformers' bars and load reports go, warnings shrink to a line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.showwarning = lambda message, *_, **__: print("lowfat:", str(message).removeprefix("lowfat: "), file=sys.stderr)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------ commands
+@app.command(short_help="A real sentence encoder made smaller, in two minutes.")
+def demo(folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")] = Path("lowfat-demo"),
+         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
+         device: Device = "auto") -> None:
+    """Makes a real sentence encoder smaller, on text that every installation has: what is gained, what is lost. Two minutes
+    on two cores. DIR gets the model, a picture, the numbers, and the texts for the examples of the other commands.
+
+    Example:  lowfat demo
+    """
+    from . import demo as job
+
+    with bar("demo") as tell:
+        result = job.run(folder, overwrite=overwrite, device=device_of(device),
+                         on_progress=lambda share, what: tell(share, 1, what))
+    show_demo(result, folder, job)
+
+
+@app.command(short_help="Write a smaller copy of a model.")
+def factorize(
+    model: Model, out_folder: Out,
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.")] = "whitened",
+    ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
+    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Not for svd; fwsvd needs labels.")] = None,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.")] = "allocated",
+    task: Task = None, layers: Layers = None, samples: Samples = None, max_length: MaxLength = MAX_LENGTH,
+    batch_size: BatchSize = 8, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+) -> None:
+    """Writes a smaller copy of MODEL, a folder or hub name, to the folder OUT. Killed, the same command continues. TEXTS: a
+    .jsonl or .txt file.
+
+    \b
+    Example:  lowfat factorize all-MiniLM-L6-v2 half \\
+                  --calibrate lowfat-demo/texts.jsonl
+    """
+    from .job import factorize_folder
+
+    where, rows = device_of(device), calibrate and first(read_rows(calibrate), samples)
+    with bar("opening") as tell:
+        report = factorize_folder(folder_of(model), out_folder, method=method, ratio=ratio, policy=policy,
+                                  layers=layers or None, rows=rows, task=task, batch_size=batch_size,
+                                  max_length=max_length, device=where, overwrite=overwrite,
+                                  on_progress=lambda phase, done, total, what: tell(done, total, phase))
+    print_json(report.to_json()) if as_json else show_report(report, out_folder)
+
+
+@app.command(short_help="Train a model on labels or on its dense teacher.")
+def finetune(
+    model: Model, out_folder: Out,
+    train: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
+    validation: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Judged after the last step.")] = None,
+    teacher: Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 300,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after a tenth of them.")] = 1e-4,
+    task: Task = None, max_length: MaxLength = MAX_LENGTH, batch_size: BatchSize = 32, seed: Seed = 0,
+    device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+) -> None:
+    """Trains MODEL, a folder or hub name, and writes it to the folder OUT. Killed, the same command continues.
+
+    \b
+    Example:  lowfat finetune half better --teacher all-MiniLM-L6-v2 \\
+                  --train lowfat-demo/texts.jsonl --steps 60
+    """
+    from .job import open_model
+    from .recovery import finetune as strategy
+
+    where, rows, judged = device_of(device), read_rows(train), validation and read_rows(validation)
+    with bar("opening") as tell:
+        student, tokenizer = open_model(folder_of(model), task=task, device=where)
+        followed, its_tokenizer = open_model(folder_of(teacher), task=task, device=where) if teacher else (None, None)
+        report = strategy(student, rows, tokenizer=tokenizer, task=task, teacher=followed, teacher_tokenizer=its_tokenizer,
+                          validation=judged, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+                          max_length=max_length, seed=seed, out=out_folder, overwrite=overwrite, on_progress=tell)
+    print_json(report.to_json()) if as_json else show_training(report, out_folder)
+
+
+@app.command(short_help="Accuracy, perplexity, or how often text_b is found.")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
+    task: Task = None, samples: Samples = None, max_length: MaxLength = MAX_LENGTH, batch_size: BatchSize = 32,
+    dtype: Dtype = None, device: Device = "auto", as_json: Json = False,
+) -> None:
+    """Accuracy or perplexity of MODEL, a folder or hub name; of an encoder, how often it finds text_b from text_a.
+
+    Example:  lowfat evaluate lowfat-demo/model --data lowfat-demo/test.jsonl
+    """
+    from .evaluate import evaluate as judge
+    from .job import open_model
+
+    where, rows = device_of(device), first(read_rows(data), samples)
+    with bar("opening") as tell:
+        opened, tokenizer = open_model(folder_of(model), task=task, device=where)
+        found = judge(opened.to(dtype_of(dtype, opened.dtype)), rows, tokenizer, task=task, batch_size=batch_size,
+                      max_length=max_length, on_progress=tell)
+    print_json(found) if as_json else show_numbers(found)
+
+
+@app.command(short_help="Singular values of each layer, before or after.")
+def inspect(
+    model: Model,
+    plot: Annotated[Optional[Path], typer.Option(metavar="PNG", help="Draw the spectra into this file.")] = None,
+    base: Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model it was made from: adds the errors.")] = None,
+    layers: Layers = None, as_json: Json = False,
+) -> None:
+    """The singular values of each layer of MODEL, a folder or hub name: what could be cut off, or what was.
+
+    \b
+    Example:  lowfat inspect lowfat-demo/model --base all-MiniLM-L6-v2 \\
+                  --plot spectra.png
+    """
+    from .job import open_model
+    from .layers import skipped
+    from .spectra import draw, spectra
+
+    if plot:
+        check_file(plot)
+    with bar("opening") as tell:
+        opened, _ = open_model(folder_of(model))
+        original = open_model(folder_of(base))[0] if base else None
+        found = spectra(opened, base=original, layers=layers or None, on_progress=tell)
+    if plot:
+        draw(found, plot, title=Path(model).name)
+    left_out = skipped(opened, layers or None)
+    print_json([one.to_json() for one in found]) if as_json else show_spectra(found, left_out, opened, plot)
+
+
+@app.command(short_help="Versions, kernels, GPU, and what to do about problems.")
+def doctor(as_json: Json = False) -> None:
+    """Versions, compiled kernels, processor, GPU and driver, and what to do about each problem.
+
+    Example:  lowfat doctor
+    """
+    from . import doctor as job
+
+    known = job.facts()
+    print_json(known | {"advice": job.advice(known)}) if as_json else show_doctor(known, job.advice(known))
+
+
+# ------------------------------------------------------------------------------------------------ what options mean
+def folder_of(name: str) -> Path:
+    """A local folder, or the copy that the hub's client keeps of a model."""
+    if name in (ENCODER, f"sentence-transformers/{ENCODER}"):
+        return encoder_folder()
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these two
+        raise ArgumentError(f"{name}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
+
+
+def device_of(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ArgumentError(f"--device is {name!r}; needs auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: this torch sees no CUDA device; `lowfat doctor` says why")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(name: str | None, stored: torch.dtype) -> torch.dtype:
+    if name not in (None, "float32", "bfloat16", "float16"):
+        raise ArgumentError(f"--dtype is {name!r}; needs float32, bfloat16 or float16")
+    return getattr(torch, name) if name else stored
+
+
+def check_file(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ArgumentError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ArgumentError(f"{path}: cannot be written")
+
+
+def first(rows: list[dict], samples: int | None) -> list[dict]:
+    if samples is not None and samples < 1:
+        raise ArgumentError(f"--samples is {samples}; needs at least 1")
+    return rows[:samples]

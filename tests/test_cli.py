@@ -1,0 +1,253 @@
+"""The command line: help that fits a screen, every mistake one line and exit code 2 with nothing written, and the whole route."""
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_text import classifier, rows, tokenizer
+from typer.testing import CliRunner
+
+from lowfat.cli import app, main
+
+COMMANDS = ("demo", "factorize", "finetune", "evaluate", "inspect", "doctor")
+MAIN = [sys.executable, "-c", f"from {main.__module__} import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A classifier's folder."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    torch.manual_seed(0)
+    classifier().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("texts") / "texts.jsonl", rows(24))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folder
+
+
+def write(path, found):
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def lowfat(*arguments, code=0):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+def refused(*arguments):
+    """The one line that a command ends with."""
+    before = sorted(Path().rglob("*"))
+    done = lowfat(*arguments, code=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("lowfat: ") and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(Path().rglob("*")) == before  # nothing written, no temporary left
+    return done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ help
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_shows_an_example(work, command):
+    lines = lowfat(command, "--help").stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert example(command)[:2] == ["lowfat", command]
+
+
+def example(command):
+    """The words of the command's example."""
+    text = re.search(r"Example:  (lowfat (?:.*\\\n)*.*)\n", lowfat(command, "--help").stdout)[1]
+    return shlex.split(text.replace("\\\n", " "))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_uses_options_that_exist(work, command):
+    # the nightly test below runs them; this one sees a renamed option
+    options = set(re.findall(r"--[\w-]+", lowfat(command, "--help").stdout.split("Options:")[1]))
+    assert {word for word in example(command) if word.startswith("--")} <= options
+
+
+def test_the_list_of_commands(work):
+    assert all(re.search(rf"^  {command} ", lowfat("--help").stdout, re.M) for command in COMMANDS)
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+MISTAKES = {
+    "missing folder": ("nowhere/model out --calibrate {texts}", "nowhere/model: no such folder"),
+    "not on the hub": ("no-such-model out --calibrate {texts}", "no-such-model: no such folder, and not to be had from the hub"),
+    "not a model": ("{empty} out --calibrate {texts}", "no config.json, so not a model"),
+    "unreadable config": ("{broken} out --calibrate {texts}", "cannot be opened"),
+    "no matching layer": ("{dense} out --layers nothing.* --calibrate {texts}", "'nothing.*' matches no linear layer"),
+    "ratio 0": ("{dense} out --ratio 0 --calibrate {texts}", "ratio must be between 0 and 1"),
+    "ratio 1": ("{dense} out --ratio 1 --calibrate {texts}", "ratio must be between 0 and 1"),
+    "ratio below": ("{dense} out --ratio=-0.5 --calibrate {texts}", "ratio must be between 0 and 1"),
+    "ratio nan": ("{dense} out --ratio nan --calibrate {texts}", "ratio must be between 0 and 1"),
+    "ratio no number": ("{dense} out --ratio half --calibrate {texts}", "Invalid value for '--ratio'"),
+    "ratio too small": ("{dense} out --ratio 0.001 --calibrate {texts}", "too few; rank 1 everywhere"),
+    "unknown method": ("{dense} out --method magic", "method must be one of svd, fwsvd, whitened; found 'magic'"),
+    "unknown policy": ("{dense} out --method svd --policy fair", "policy must be one of"),
+    "unknown device": ("{dense} out --method svd --device tpu", "--device is 'tpu'; needs auto, cpu or cuda"),
+    "unknown task": ("{dense} out --task poetry --calibrate {texts}", "poetry"),
+    "a task without a head": ("{dense} out --task lm --calibrate {texts}", "has no weights for"),
+    "nothing to calibrate on": ("{dense} out", "whitened needs texts to calibrate on (--calibrate)"),
+    "no such texts": ("{dense} out --calibrate none.jsonl", "none.jsonl: no such file"),
+    "empty calibration": ("{dense} out --calibrate {no_rows}", "no rows"),
+    "a broken row": ("{dense} out --calibrate {bad_row}", "bad.jsonl:2: not JSON"),
+    "no samples": ("{dense} out --calibrate {texts} --samples 0", "--samples is 0; needs at least 1"),
+    "no batch": ("{dense} out --calibrate {texts} --batch-size 0", "batch_size is 0"),
+    "fwsvd without labels": ("{dense} out --method fwsvd --calibrate {unlabelled}", 'has no "label"'),
+    "NaN weights": ("{with_nan} out --method svd", "holds NaN or infinity"),
+    "no parent": ("{dense} none/out --method svd", "none does not exist"),
+    "a file in the way": ("{dense} file --method svd", "a file is in the way"),
+    "target exists": ("{dense} full --method svd", "exists already"),
+    "target is not ours": ("{dense} full --method svd --overwrite", "not written by lowfat"),
+    "unknown option": ("{dense} out --rank 3", "No such option"),
+    "no target": ("{dense}", "Missing argument 'OUT'"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, dense, texts):
+    """What the mistakes refer to."""
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "empty").mkdir()
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text('{"model_type": ')
+    model = classifier()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[3, 5] = torch.nan
+    model.save_pretrained(folder / "nan")
+    tokenizer().save_pretrained(folder / "nan")
+    (folder / "none.jsonl").write_text("\n\n")
+    (folder / "bad.jsonl").write_text('{"text": "the cat"}\n{"text": \n')
+    unlabelled = write(folder / "unlabelled.jsonl", [{"text": row["text"]} for row in rows(8)])
+    return {"dense": dense, "texts": texts, "empty": folder / "empty", "broken": folder / "broken", "with_nan": folder / "nan",
+            "no_rows": folder / "none.jsonl", "bad_row": folder / "bad.jsonl", "unlabelled": unlabelled}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(work, places, mistake):
+    (work / "file").write_text("mine")
+    (work / "full").mkdir()
+    (work / "full" / "thesis.txt").write_text("mine")
+    arguments, message = MISTAKES[mistake]
+    assert message in refused("factorize", *arguments.format(**places).split())
+    assert (work / "full" / "thesis.txt").read_text() == (work / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("evaluate {dense} --data none.jsonl", "none.jsonl: no such file"),
+    ("evaluate {dense} --data {unlabelled}", 'has no "label"'),
+    ("evaluate {dense} --data {texts} --dtype int8", "--dtype is 'int8'; needs float32, bfloat16 or float16"),
+    ("evaluate {empty} --data {texts}", "not a model"),
+    ("evaluate {dense}", "Missing option '--data'"),
+    ("finetune {dense} out --train {unlabelled} --steps 2", 'has no "label"'),
+    ("finetune {dense} out --train {texts} --steps 0", "steps"),
+    ("finetune {dense} full --train {texts} --steps 2", "exists already"),
+    ("finetune {dense} out --train {texts} --steps 2 --teacher {empty}", "not a model"),
+    ("finetune {dense} out --train {texts} --steps 2 --learning-rate=-1", "learning_rate"),
+    ("inspect {empty}", "not a model"),
+    ("inspect {dense} --layers nothing", "'nothing' matches no linear layer"),
+    ("inspect {dense} --plot none/spectra.png", "the folder none does not exist"),
+    ("inspect {with_nan}", "holds NaN or infinity"),
+    ("demo --out full", "exists already"),
+    ("demo --out none/demo", "none does not exist"),
+    ("dance", "No such command 'dance'"),
+])
+def test_a_mistake_in_the_other_commands_is_one_line(work, places, arguments, message):
+    (work / "full").mkdir()
+    (work / "full" / "thesis.txt").write_text("mine")
+    assert message in refused(*arguments.format(**places).split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(work, dense):
+    assert "sees no CUDA device" in refused("factorize", dense, "out", "--method", "svd", "--device", "cuda")
+
+
+def test_a_read_only_target(work, dense):
+    # /proc takes no folders from anybody, root included
+    assert "/proc" in refused("factorize", dense, "/proc/out", "--method", "svd")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission(work, dense):
+    (work / "shut").mkdir(mode=0o555)
+    assert "read-only" in refused("factorize", dense, "shut/out", "--method", "svd")
+
+
+def test_a_full_disk_in_a_child_process(work, dense):
+    # a limit on the size of files: the kernel refuses the write as it does on a full disk
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run([*MAIN, "factorize", str(dense), "out", "--method", "svd"], preexec_fn=limit, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "out: could not be written" in done.stderr, done.stderr
+    assert not (work / "out").exists() and not list(work.glob(".out.tmp*"))
+
+
+def test_exit_codes_and_streams_of_a_child_process(work, dense, texts):
+    # kills noise of transformers, which a test in this process would not see: its bars and reports go by the real stderr
+    mistake = subprocess.run([*MAIN, "factorize", str(dense), "out", "--ratio", "2"], capture_output=True, text=True)
+    assert (mistake.returncode, mistake.stdout, mistake.stderr.count("\n")) == (2, "", 1), mistake.stderr
+    good = subprocess.run([*MAIN, "factorize", str(dense), "out", "--calibrate", str(texts)], capture_output=True, text=True)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert sorted(path.name for path in work.iterdir()) == ["out"]
+
+
+def test_a_bug_keeps_its_traceback(work, dense, monkeypatch):
+    monkeypatch.setattr("lowfat.job.factorize_folder", lambda *_, **__: 1 / 0)
+    done = CliRunner().invoke(app, ["factorize", str(dense), "out", "--method", "svd"])
+    assert isinstance(done.exception, ZeroDivisionError) and done.exit_code == 1
+
+
+# ------------------------------------------------------------------------------------------------ the route
+def test_the_whole_route(work, dense, texts):
+    shown = lowfat("factorize", dense, "half", "--calibrate", texts, "--ratio", "0.5").stdout
+    assert "parameters kept in these layers" in shown and "written to half" in shown
+    report = json.loads(lowfat("factorize", dense, "again", "--calibrate", texts, "--ratio", "0.5", "--json").stdout)
+    assert report["ratio"] <= 0.5 and len(report["layers"]) == 12
+    lowfat("factorize", dense, "again", "--method", "fwsvd", "--calibrate", texts, "--overwrite", "--samples", "8")
+    trained = lowfat("finetune", "half", "better", "--train", texts, "--validation", texts, "--teacher", dense, "--steps", "4",
+                     "--batch-size", "4")
+    assert "4 steps on cpu" in trained.stdout and "accuracy" in trained.stdout
+    assert json.loads(lowfat("evaluate", "better", "--data", texts, "--json").stdout)["rows"] == 24
+    assert re.search(r"accuracy +[01]\.\d{4}", lowfat("evaluate", "better", "--data", texts, "--dtype", "bfloat16").stdout)
+
+
+def test_inspect_before_and_after(work, dense, texts):
+    lowfat("factorize", dense, "half", "--calibrate", texts, "--ratio", "0.5")
+    before = lowfat("inspect", dense, "--plot", "spectra.png").stdout
+    assert Path("spectra.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert max(map(len, before.splitlines()[:14])) <= 80  # the table; a path in the notes may be longer
+    assert "left alone: classifier: outside the blocks" in before
+    after = json.loads(lowfat("inspect", "half", "--base", dense, "--json").stdout)
+    assert all(0 < layer["error"] < 1 for layer in after if layer["rank"])
+    assert sum(layer["parameters"] for layer in after) <= 0.5 * sum(layer["dense_parameters"] for layer in after)
+
+
+def test_doctor(work):
+    assert f"torch {torch.__version__}" in lowfat("doctor").stdout.replace("\n", "").replace("   ", "")
+    assert {"versions", "kernels", "advice"} <= json.loads(lowfat("doctor", "--json").stdout).keys()
