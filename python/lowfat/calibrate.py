@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, NumericsError, UnsupportedError
-from .fisher import FisherSums, add_fisher, batch_shape
+from .fisher import FisherSums, add_fisher, batch_shape, parts
 from .layers import factorizable, sizes
 from .listen import forward, listening, untouched
 from .stats import Calibration, Stats, read_group, write_group, write_index
@@ -215,12 +215,13 @@ def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[_Grou
             raise _Enough
 
     for index, batch in enumerate(batches):
-        mask = batch.get("attention_mask")
-        with listening(listened, before):
-            if fisher:
-                samples += add_fisher(model, batch, listened, sums)
-            else:
-                _hear(model, batch)
+        for part in parts(model, batch) if fisher else [batch]:
+            mask = part.get("attention_mask")
+            with listening(listened, before):
+                if fisher:
+                    samples += add_fisher(model, part, listened, sums)
+                else:
+                    _hear(model, part)
         done(index + 1)
     if fisher and not samples:
         raise ArgumentError("fisher: no batch has a label that counts")

@@ -55,11 +55,11 @@ class FisherSums:
 
 def add_fisher(model: nn.Module, batch: Mapping[str, Tensor], modules: Mapping[str, nn.Module],
                sums: Mapping[str, FisherSums]) -> int:
-    """One forward and backward pass; returns how many samples had a loss. The parameters must not require gradients."""
+    """One forward and backward pass over one of the `parts` of a batch; returns how many samples had a loss.
+
+    The model's parameters must not require gradients."""
     shape, counts = batch_shape(batch), label_counts(model, batch)
     if counts is None:
-        if shape[0] > 1:
-            return sum(add_fisher(model, part, modules, sums) for part in _singles(batch, shape[0]))
         counts = torch.ones(1)  # whatever the mean is taken over, it is this sample's own
 
     def after(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -111,7 +111,12 @@ def batch_shape(batch: Mapping) -> tuple[int, ...]:
     return tuple(first.shape[:1])
 
 
-def _singles(batch: Mapping, samples: int) -> Iterator[dict]:
+def parts(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """The batch, or its samples one by one where it is not known how the model's loss is made of theirs."""
+    (samples, *_), counts = batch_shape(batch), label_counts(model, batch)
+    if counts is not None or samples == 1:
+        yield batch
+        return
     for sample in range(samples):
         yield {name: value[sample:sample + 1] if isinstance(value, Tensor) and value.shape[:1] == (samples,) else value
                for name, value in batch.items()}

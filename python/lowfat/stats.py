@@ -82,11 +82,14 @@ class _Stored(Calibration):
         if not (folder / INDEX).is_file():
             raise FormatError(f"{folder}: no {INDEX}; not a calibration, or one that did not finish")
         value = read_json(folder / INDEX, _MAX_INDEX)
-        if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("layers"), dict):
+        if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("layers"), list):
             raise FormatError(f"{folder / INDEX}: needs format {FORMAT} and layers")
-        for name, entry in value["layers"].items():
-            _check_entry(entry, f"{folder / INDEX}: {name}")
-        self._folder, self._layers = folder, value["layers"]
+        self._folder, self._layers = folder, {}
+        for number, entry in enumerate(value["layers"]):
+            _check_entry(entry, f"{folder / INDEX}: layer {number}")
+            if (name := entry.pop("name")) in self._layers:
+                raise FormatError(f"{folder / INDEX}: {name} appears twice")
+            self._layers[name] = entry
 
     def __getitem__(self, name: str) -> Stats:
         return read_entry(self._folder, name, self._layers[name])
@@ -143,7 +146,7 @@ def read_group(folder: Path, number: int, settings: str) -> dict[str, dict] | No
 
 
 def write_index(folder: Path, layers: Mapping[str, dict]) -> None:
-    write_json(folder / INDEX, {"format": FORMAT, "layers": dict(layers)})
+    write_json(folder / INDEX, {"format": FORMAT, "layers": [{"name": name} | entry for name, entry in layers.items()]})
 
 
 def read_entry(folder: Path, name: str, entry: dict) -> Stats:
@@ -176,7 +179,7 @@ def _fingerprint(layers: Mapping[str, dict]) -> str:
 
 
 def _check_entry(entry, where: str) -> None:
-    kinds = {"file": str, "rows": int, "samples": int, "digests": dict}
+    kinds = {"name": str, "file": str, "rows": int, "samples": int, "digests": dict}
     if not isinstance(entry, dict) or set(entry) != set(kinds):
         raise FormatError(f"{where}: needs {', '.join(kinds)}")
     for field, kind in kinds.items():
