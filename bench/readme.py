@@ -1,0 +1,80 @@
+"""Makes the tables of README.md from bench/results/: `python bench/readme.py` (with --check it only compares, exit code 1)."""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).parents[1]
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+
+
+def demo() -> str:
+    result = json.loads((RESULTS / "demo.json").read_text())
+    dense = result["rows"][0]
+    lines = [f"`lowfat demo` on all-MiniLM-L6-v2: find a docstring's continuation among {result['texts']} "
+             f"({result['threads']} threads, {result['seconds']:.0f} s for everything in this table).", "",
+             "| encoder parameters kept | recall@1 | MRR | cosine to dense | whole model |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        kept = "dense" if row is dense else f"{row['ratio']:.0%}, {row['name']}"
+        lines.append(f"| {kept} | {100 * row['recall_at_1']:.1f} | {100 * row['mrr']:.1f} | {row['cosine']:.2f} | "
+                     f"{row['bytes'] / 1e6:.0f} MB ({row['bytes'] / dense['bytes']:.0%}) |")
+    lines += ["", "| one token through a layer | dense | factorized, one process | faster |", "|---|---|---|---|"]
+    lines += [f"| {layer['in_features']} → {layer['out_features']}, rank {layer['rank']} ({layer['path']}) | "
+              f"{layer['dense_us']:.0f} µs | {layer['us']:.0f} µs | {layer['speedup']:.2f} × |" for layer in result["layers"]]
+    lines += [f"| whole model, {one['texts']} × {one['tokens']} tokens | {one['dense_ms']:.0f} ms | {one['ms']:.0f} ms | "
+              f"{one['speedup']:.2f} × |" for one in result["latency"]]
+    return "\n".join(lines)
+
+
+def quality() -> str:
+    result = json.loads((RESULTS / "quality.json").read_text())
+    lines = ["| task | kept | method, policy | teachers | accuracy in %, mean | lost, points |", "|---|---|---|---|---|---|"]
+    cells: dict[tuple, list[dict]] = {}
+    for row in result["rows"]:
+        cells.setdefault((row["task"], row["ratio"], row["method"], row["policy"]), []).append(row)
+    for (task, ratio, method, policy), rows in cells.items():
+        dense = {row["seed"]: row["accuracy"] for row in cells[next(key for key in cells if key[0] == task)]}
+        found = 100 * mean(row["accuracy"] for row in rows)
+        lost = 100 * mean(dense[row["seed"]] for row in rows) - found
+        name = "dense teacher" if method == "dense" else f"{method}, {policy}"
+        lines.append(f"| {task} | {ratio:.0%} | {name} | {len(rows)} | {found:.1f} | {'' if method == 'dense' else f'{lost:.1f}'} |")
+    chance = ", ".join(f"{100 * facts['chance']:.1f} for {name}" for name, facts in result["about"]["tasks"].items())
+    return "\n".join(lines) + f"\n\nChance: {chance}. Per seed, with data hashes and settings: `bench/results/quality.md`."
+
+
+def low_rank() -> str:
+    result = json.loads((RESULTS / "low_rank_cpu.json").read_text())
+    about = result["header"]
+    lines = [f"{about['cpu']}, torch {about['torch']}, {about['date']}.", "",
+             "| k → n, rank | dtype | m = 1 | m = 4 | m = 8 | m = 16 |", "|---|---|---|---|---|---|"]
+    shapes: dict[tuple, dict[int, dict]] = {}
+    for row in result["rows"]:
+        shapes.setdefault((row["k"], row["n"], row["r"], row["dtype"]), {})[row["m"]] = row
+    for (k, n, r, dtype), rows in shapes.items():
+        cells = (f"{rows[m]['faster']:.2f} × ({rows[m]['ran'].split()[0]})" for m in (1, 4, 8, 16))
+        lines.append(f"| {k} → {n}, {r} | {dtype} | " + " | ".join(cells) + " |")
+    lines += [""] + [f"* {name}: {one['found']:.2f} (promised {one['at_least']}{'' if one['met'] else ', MISSED'})"
+                     for name, one in result["summary"].items()]
+    return "\n".join(lines)
+
+
+TABLES = {"demo": demo, "quality": quality, "low_rank": low_rank}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    old = new = README.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        new = re.sub(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda found: f"{found[1]}{table()}\n{found[2]}", new,
+                     flags=re.DOTALL)
+    if check and new != old:
+        sys.exit("README.md: its tables are not those of bench/results; run python bench/readme.py")
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
