@@ -213,8 +213,8 @@ def test_stacked_experts_keep_their_names(tmp_path):
     """transformers stores the experts of a mixture apart and stacks them on loading; our file has them as the model does."""
     from transformers import MixtralConfig, MixtralForCausalLM
     model = shrink(MixtralForCausalLM(MixtralConfig(
-        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16,
-        num_local_experts=3)).eval())
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=3, intermediate_size=16)).eval())
     checkpoint.save(model, tmp_path / "out")
     assert set(storage.read_tensors(tmp_path / "out" / WEIGHTS)) == set(model.state_dict())
     for loaded in (checkpoint.load(tmp_path / "out"), MixtralForCausalLM.from_pretrained(tmp_path / "out")):
@@ -311,6 +311,13 @@ def test_save_over_what_was_loaded(tiny_bert, tmp_path):
     checkpoint.save(loaded, tmp_path / "out", overwrite=True)
     assert_same(due, loaded)
     assert_same(due, checkpoint.load(tmp_path / "out"))
+
+
+def test_load_finds_a_model_moved_aside(tiny_bert, tmp_path):
+    """The process that was replacing it died between its two renames."""
+    checkpoint.save(shrink(tiny_bert), tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old-999999-0123abcd")
+    assert_same(tiny_bert, checkpoint.load(tmp_path / "out"))
 
 
 def test_push_to_hub_uploads_our_files(tiny_bert, tmp_path, monkeypatch):

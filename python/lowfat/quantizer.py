@@ -14,7 +14,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import manifest
 from .errors import FormatError, IntegrityError
 from .layers import replace
-from .storage import restore
 from .structures import Structure
 from .validate import (FORMAT, INDEX, WEIGHTS, build, check_config, check_layer, check_quantization, check_tensors, here,
                        read_headers, weight_files)
@@ -127,7 +126,6 @@ def _check_folder(files: list[Path], weights: str) -> None:
 
         repository = folder.parents[1].name.removeprefix("models--").replace("--", "/")
         hf_hub_download(repository, manifest.NAME, revision=folder.name, cache_dir=folder.parents[2])
-    restore(folder)
     listed = manifest.read_manifest(folder)["files"]
     due = {"config.json", weights, *(os.path.relpath(file, folder) for file in files)}
     if weights == INDEX:
