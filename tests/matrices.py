@@ -25,7 +25,8 @@ def weights() -> dict[str, torch.Tensor]:
     return {
         "zero": torch.zeros(N, K), "one nonzero": single, "rank 1": normal[:, :1] @ normal[:1],
         "duplicate rows": normal[[0] * 6 + [1] * 6], "zero rows and columns": gone, "identity": torch.eye(N, K),
-        "orthogonal": orthogonal, "equal singular values": 3 * orthogonal, "powers of two": orthogonal * 2.0 ** -torch.arange(K),
+        "orthogonal": orthogonal, "equal singular values": 3 * orthogonal,
+        "powers of two": orthogonal * 2.0 ** -torch.arange(K),
         "hilbert": 1.0 / (i + 1), "kahan": _kahan(K), "row": normal[:1], "column": normal[:, :1], "single": normal[:1, :1],
         "tiny": normal * 1e-30, "huge": normal * 1e30, "mixed scales": normal * 10.0 ** torch.arange(-20, -20 + 5 * K, 5),
         "bf16": normal.bfloat16(), "fp16": normal.half(), "fp64": normal.double(), "wide": normal.T.contiguous(),
@@ -41,6 +42,6 @@ def inputs(k: int) -> dict[str, torch.Tensor]:
     dead[:, ::2] = 0
     massive = normal.clone()
     massive[:, 0] *= 1e6
-    return {"normal": normal, "fewer tokens than features": normal[:max(1, k // 2)], "one token": normal[:1], "dead channels": dead,
-            "massive channel": massive, "constant tokens": normal[:1].expand(40, k), "nothing but zeros": torch.zeros(5, k),
+    return {"normal": normal, "fewer tokens than features": normal[:max(1, k // 2)], "one token": normal[:1],
+            "dead channels": dead, "massive channel": massive, "constant tokens": normal[:1].expand(40, k), "nothing but zeros": torch.zeros(5, k),
             "tiny": normal * 1e-15, "huge": normal * 1e15}

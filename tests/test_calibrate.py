@@ -329,8 +329,8 @@ def test_windows_and_folders_change_no_bit(tiny_bert, tmp_path):
 
 def test_the_fingerprint_sees_every_part():
     def prints(**change):
-        seen = {"gram": torch.eye(3), "rows": 5, "fisher_in": torch.ones(3), "fisher_out": torch.ones(2), "samples": 4} | change
-        return Calibration({"a": Stats(**seen)}).fingerprint()
+        parts = {"gram": torch.eye(3), "rows": 5, "fisher_in": torch.ones(3), "fisher_out": torch.ones(2), "samples": 4}
+        return Calibration({"a": Stats(**parts | change)}).fingerprint()
 
     others = [prints(gram=torch.eye(3) * 2), prints(rows=6), prints(fisher_in=torch.zeros(3)), prints(samples=5),
               prints(fisher_out=torch.zeros(2)), prints(fisher=torch.ones(2, 3)),
@@ -401,7 +401,8 @@ def test_a_changed_byte_is_noticed(tiny_bert, tmp_path):
     (lambda v: v.update(format=2), "needs format 1"), (lambda v: v.pop("layers"), "needs format 1 and layers"),
     (lambda v: first(v).update(file="../x.safetensors"), "not a plain name"),
     (lambda v: first(v).update(rows="5"), "rows cannot be"), (lambda v: first(v).update(extra=1), "needs name, file, rows"),
-    (lambda v: v["layers"].append(first(v)), "appears twice"), (lambda v: first(v)["digests"].pop("gram"), "digests must be of"),
+    (lambda v: v["layers"].append(first(v)), "appears twice"),
+    (lambda v: first(v)["digests"].pop("gram"), "digests must be of"),
     (lambda v: first(v)["digests"].update(more="x"), "digests must be")])
 def test_a_wrong_index_is_refused_by_field(tiny_bert, tmp_path, change, says):
     calibrate(tiny_bert, [text()]).save(tmp_path / "s")

@@ -2,7 +2,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -82,8 +82,8 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
          layers: Sequence[str] | None = None, arguments: dict[str, Any] | None = None) -> Plan:
     """A rank for each layer so that the layers together keep at most `ratio` of their parameters.
 
-    per_matrix: the same share everywhere. uniform_rank: the same rank everywhere. allocated: the least sum of the relative
-    losses that the method promises (methods.md 11.2). layers: name patterns; arguments: of the method. Raises ArgumentError
+    per_matrix: the same share everywhere. uniform_rank: the same rank everywhere. allocated: the least sum of what the
+    method loses in each layer, from its loss curves. layers: name patterns; arguments: of the method. Raises ArgumentError
     before any work for an unknown name, a ratio outside (0, 1) or too small, and statistics that the method needs."""
     arguments = dict(arguments or {})
     checked = check_arguments(method, arguments)
@@ -93,7 +93,7 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
         raise ArgumentError(f"policy must be one of {', '.join(POLICIES)}; found {policy!r}")
     chosen = factorizable(model, layers)
     if checked.needs:
-        _check_stats(method, chosen, stats)
+        _check_stats(checked, chosen, stats, arguments)
     ladders = [Ladder(*sizes(module)) for module in chosen.values()]
     budget = int(ratio * sum(ladder.costs[-1] for ladder in ladders))
     if policy == "allocated":
@@ -105,23 +105,29 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
                  for (name, module), ladder, pick in zip(chosen.items(), ladders, picks)}, ratio=ratio, policy=policy)
 
 
-def _check_stats(method: str, chosen: Mapping[str, nn.Module], stats: Mapping | None) -> None:
+def _check_stats(checked: Method, chosen: Mapping[str, nn.Module], stats: Mapping | None, arguments: dict[str, Any]) -> None:
     if stats is None:
-        raise ArgumentError(f"{method} needs calibration statistics, found none; pass stats=calibrate(model, batches)")
+        checked.require(None, **arguments)
     if missing := [name for name in chosen if name not in stats]:
         raise ArgumentError(f"stats: nothing for {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "") +
                             "; calibrate the same layers")
+    checked.require(stats[next(iter(chosen))], **arguments)
 
 
 def _losses(method: Method, module: nn.Module, stats: Mapping | None, name: str, ladder: Ladder,
             arguments: dict[str, Any]) -> list[float]:
-    """The loss at each size of the ladder, as a part of the loss of leaving the whole layer out."""
+    """The loss at each size of the ladder, made comparable between layers.
+
+    Relative to what is lost at rank 1, not at rank 0: the first direction of a layer's outputs is mostly their mean, which
+    is the same for every token and would hide that the rest is lost. Times n + k, so that a rank counts by its share of the
+    layer's spectrum, whatever it costs: the largest values of all normalized spectra are kept (the pooling of methods.md
+    11.2). Absolute losses, or losses weighed by parameters, gave worse embeddings on MiniLM."""
     try:
         curve = method.losses(dense_weight(module), stats[name] if method.needs else None, **arguments)
     except LowfatError as error:
         raise type(error)(f"{name}: {error}") from error
-    whole = float(curve[0]) or 1.0
-    return [float(curve[rank]) / whole for rank in ladder.ranks] + [0.0]
+    whole = float(curve[1]) if curve[1] > 1e-12 * curve[0] else inf  # a layer of rank 1 needs no more
+    return [(ladder.n + ladder.k) * float(curve[rank]) / whole for rank in ladder.ranks] + [0.0]
 
 
 def _choice(method: str, arguments: dict[str, Any], ladder: Ladder, pick: int, weight: torch.Tensor) -> Choice:

@@ -15,14 +15,15 @@ class Method(NamedTuple):
     losses: Callable
     needs: frozenset[str]  # what of Stats it reads: "gram", "fisher"
     arguments: dict[str, tuple]  # the values that each argument may have, its default first
+    require: Callable = lambda stats, **arguments: None  # ArgumentError for statistics that lack what it reads
 
 
 METHODS = {
     "svd": Method(svd.factorize, svd.losses, frozenset(), {}),
     "fwsvd": Method(fwsvd.factorize, fwsvd.losses, frozenset({"fisher"}),
-                    {"side": ("in", "out", "both"), "exact": (False, True)}),
+                    {"side": ("in", "out", "both"), "exact": (False, True)}, fwsvd.require),
     "whitened": Method(whitened.factorize, whitened.losses, frozenset({"gram"}),
-                       {"solver": ("auto", "cholesky", "eigen", "output")}),
+                       {"solver": ("auto", "cholesky", "eigen", "output")}, whitened.require),
 }
 
 

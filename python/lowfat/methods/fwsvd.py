@@ -27,11 +27,13 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int,
 
     side: which sums of F weigh: "in" (per input), "out" or "both". exact: go on from there with F element by element, which
     only ever lowers the objective. Raises ArgumentError without Fisher statistics, NumericsError for NaN or infinity."""
+    require(stats, side=side, exact=exact)
     rows, columns = _weights(weight, stats, side)
     require_rank(rank, weight)
     u, v, events = _weighted_svd(weight, rows, columns, rank)
     if exact:
-        u, v, more = _elementwise(weight, _elements(weight, stats), u, v, rank)
+        require_finite(stats.fisher, "fisher")
+        u, v, more = _elementwise(weight, stats.fisher.to(weight.device), u, v, rank)
         events += more
     u, v = balance(u, v, weight.dtype)
     return LowRank.of(v, u, bias), events
@@ -42,15 +44,22 @@ def losses(weight: Tensor, stats: "Stats", *, side: str = "in", exact: bool = Fa
     """sum_ij o_i c_j (W - What)_ij^2 for every rank, in the scale of F itself.   [min(n, k) + 1], fp64
 
     With exact too: its own objective has no closed form, and this is what it starts from."""
+    require(stats, side=side, exact=exact)
     rows, columns = _weights(weight, stats, side)
     lost = tails(spectrum(lambda: smaller_gram(weight, rows.sqrt(), columns.sqrt())))
     return lost * float(stats.fisher_in.double().mean()) / weight.shape[0]
 
 
-def _weights(weight: Tensor, stats: "Stats | None", side: str) -> tuple[Tensor, Tensor]:
-    """(o [n], c [k]), each of mean about 1: o_i c_j times the mean of F stands for F_ij."""
+def require(stats: "Stats | None", *, side: str = "in", exact: bool = False) -> None:
     if stats is None or stats.fisher_in is None or stats.fisher_out is None:
-        raise ArgumentError("fwsvd needs the Fisher information of each weight: calibrate with labels in the batches")
+        raise ArgumentError("fwsvd needs the Fisher information, found none: calibrate with labels in the batches")
+    if exact and stats.fisher is None:
+        raise ArgumentError("fwsvd with exact=True needs the Fisher information element by element: "
+                            "calibrate with fisher=\"elements\"")
+
+
+def _weights(weight: Tensor, stats: "Stats", side: str) -> tuple[Tensor, Tensor]:
+    """(o [n], c [k]), each of mean about 1: o_i c_j times the mean of F stands for F_ij."""
     require_finite(weight, "weight")
     n, k = weight.shape
     if stats.fisher_in.shape != (k,) or stats.fisher_out.shape != (n,):
@@ -72,14 +81,6 @@ def _weighted_svd(weight: Tensor, rows: Tensor, columns: Tensor, rank: int) -> t
     rows, columns = rows.sqrt(), columns.sqrt()
     u, s, vt, solved = truncated_svd(weight, rank, rows=rows, columns=columns)
     return u.mul_(s).div_(rows[:, None]), vt.div_(columns), solved.events
-
-
-def _elements(weight: Tensor, stats: "Stats") -> Tensor:
-    if stats.fisher is None:
-        raise ArgumentError("fwsvd with exact=True needs the Fisher information element by element: "
-                            "calibrate with fisher=\"elements\"")
-    require_finite(stats.fisher, "fisher")
-    return stats.fisher.to(weight.device)
 
 
 def _elementwise(weight: Tensor, fisher: Tensor, u: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor, list[str]]:

@@ -52,10 +52,14 @@ def losses(weight: Tensor, stats: "Stats", *, solver: str = "auto") -> Tensor:
     return tails(spectrum(lambda: gram_of(weight, gram_root(gram, "cholesky", shift))))
 
 
-def _damped(weight: Tensor, stats: "Stats | None") -> tuple[Tensor, float, list[str]]:
-    """(C, what to add to its diagonal, events)"""
+def require(stats: "Stats | None", *, solver: str = "auto") -> None:
     if stats is None:
         raise ArgumentError("whitened needs calibration statistics, found none; pass stats=calibrate(model, batches)")
+
+
+def _damped(weight: Tensor, stats: "Stats | None") -> tuple[Tensor, float, list[str]]:
+    """(C, what to add to its diagonal, events)"""
+    require(stats)
     require_finite(weight, "weight")
     require_finite(stats.gram, "gram")
     if stats.gram.shape != (weight.shape[1],) * 2:
