@@ -2,6 +2,7 @@
 #include "low_rank/low_rank.h"
 
 #include <memory>
+#include <new>
 #include <string>
 #include <tuple>
 
@@ -57,10 +58,18 @@ CpuKernel cpu_kernel([[maybe_unused]] CpuLevel level, Dtype dtype, [[maybe_unuse
   return cpu_kernel_scalar(dtype);
 }
 
+// Memory that starts at a cache line: vectors of a packed x that cross lines cost a tenth of the time at m = 8 and more.
+struct FreeLines {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+using Lines = std::unique_ptr<void, FreeLines>;
+
+Lines new_lines(int64_t bytes) { return Lines(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})); }
+
 void multiply(const CpuKernel& kernel, Product product, int64_t grain) {
-  std::unique_ptr<char[]> prepared;
+  Lines prepared;
   if (const int64_t bytes = kernel.prepared_bytes(product.m, product.depth)) {
-    prepared.reset(new char[static_cast<size_t>(bytes)]);
+    prepared = new_lines(bytes);
     kernel.prepare(product.x, prepared.get(), product.m, product.depth);
     product.x = prepared.get();
   }
@@ -106,8 +115,8 @@ Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std:
   if (config.path == Path::empty) return result;
 
   decode_calls.count();
-  std::unique_ptr<char[]> h_inside;
-  if (!keep_h) h_inside.reset(new char[static_cast<size_t>(s.m * s.r * 4)]);
+  Lines h_inside;
+  if (!keep_h) h_inside = new_lines(s.m * s.r * 4);
   void* h = keep_h ? result.h->mutable_data_ptr() : h_inside.get();
   const CpuKernel kernel = cpu_kernel(cpu_level(), s.dtype, s.m);
   multiply(kernel, in.first(s, h), config.first_grain);
