@@ -11,7 +11,7 @@ from torch import nn
 
 from lowfat.calibrate import calibrate
 from lowfat.errors import ArgumentError, FormatError, IntegrityError, NumericsError, UnsupportedError
-from lowfat.fisher import label_counts
+from lowfat.fisher import FisherSums, label_counts
 from lowfat.layers import factorizable
 from lowfat.stats import Calibration, Stats
 
@@ -258,6 +258,14 @@ def test_a_layer_called_twice_is_squared_once():  # kills: adding the squares of
         squares.append(model.blocks[0]["fc"].weight.grad.square())
     exact = torch.stack(squares).mean(0)
     assert (seen.fisher - exact).abs().max() <= 16 * EPS32 * exact.max()
+
+
+def test_autocast_around_the_call_does_not_round_the_sums():
+    sums, x, g = FisherSums.of(nn.Linear(4, 3), elements=True), torch.rand(1, 5, 4), torch.rand(1, 5, 3)
+    sums.arrived.append((x, g))
+    with torch.autocast("cpu", torch.bfloat16):
+        sums.add(torch.ones(1), (1, 5), "layer")
+    assert torch.equal(sums.elements, (g[0].mT @ x[0]).square())
 
 
 # --- the model is left as it was ---

@@ -39,8 +39,9 @@ class FisherSums:
         self.waiting, self.arrived = 0, []
         for sample, count in enumerate(counts.tolist()):
             if count and pairs:
-                # a layer that is called more than once has one gradient, the sum over its calls
-                gradient = sum(g[sample].mT.float() @ x[sample].float() for x, g in pairs) / count  # [n, k]
+                with torch.autocast(self.into.device.type, enabled=False):  # it would round products of fp32
+                    # a layer that is called more than once has one gradient, the sum over its calls
+                    gradient = sum(g[sample].mT.float() @ x[sample].float() for x, g in pairs) / count  # [n, k]
                 square = gradient.square_()
                 self.into += square.sum(0)
                 self.out += square.sum(1)
