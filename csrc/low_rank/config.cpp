@@ -11,7 +11,7 @@ constexpr int64_t kRowTile = 4;
 int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 Config cpu_config(const Problem& p) {
-  Config config{Path::library, 0, 0, 0, 0};
+  Config config{Path::library, 0, 0, 0};
   if (p.dtype != Dtype::float32 && p.dtype != Dtype::bfloat16) return config;
   if (p.m > kDecodeRows) return config;
   config.path = Path::decode;
@@ -31,7 +31,7 @@ Config cpu_config(const Problem& p) {
 // Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do.
 Config cuda_config(const Problem& p) {
   const bool has_kernel = p.dtype == Dtype::float32 || p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16;
-  return {has_kernel && p.m <= kDecodeRows ? Path::decode : Path::library, 0, 0, 0, 0};
+  return {has_kernel && p.m <= kDecodeRows ? Path::decode : Path::library, 0, 0, 0};
 }
 
 const char* name_of_path(Path path) {
@@ -50,12 +50,18 @@ Described describe(const Problem& p) {
   return all;
 }
 
-const RegisterOp registered({"low_rank", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs = compiled_cuda_archs();
+  for (std::string& arch : archs) arch += " (not run on a GPU yet)";
+  return archs;
+}
+
+const RegisterOp registered({"low_rank", compiled_cpu_levels(), cuda_archs(), &describe});
 
 }  // namespace
 
 Config choose_config(const Problem& problem) {
-  if (problem.m == 0) return {Path::empty, 0, 0, 0, 0};
+  if (problem.m == 0) return {Path::empty, 0, 0, 0};
   return problem.device == Device::cpu ? cpu_config(problem) : cuda_config(problem);
 }
 

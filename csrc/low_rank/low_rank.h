@@ -13,10 +13,9 @@ enum class Path { empty, decode, library };
 
 struct Config {
   Path path;
-  int64_t token_tile;     // rows of x that share one load of a weight
-  int64_t row_tile;       // rows of a weight that share one load of x
-  int64_t first_grain;    // row tiles of v per task; 0: one thread does all
-  int64_t second_grain;   // row tiles of u per task; 0: one thread does all
+  int64_t row_tile;      // rows of a weight that share one load of x
+  int64_t first_grain;   // row tiles of v per task; 0: one thread does all
+  int64_t second_grain;  // row tiles of u per task; 0: one thread does all
 };
 
 Config choose_config(const Problem& problem);
