@@ -125,6 +125,7 @@ def finetune(
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 300,
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after a tenth of them.")] = 1e-4,
     task: Task = None, max_length: MaxLength = MAX_LENGTH, batch_size: BatchSize = 32, seed: Seed = 0,
+    save_every: Annotated[int, typer.Option(metavar="STEPS", help="Keep the training state this often.")] = 100,
     device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
     """Trains MODEL, a folder or hub name, and writes it to the folder OUT. Killed, the same command continues.
@@ -142,7 +143,8 @@ def finetune(
         followed, its_tokenizer = open_model(folder_of(teacher), task=task, device=where) if teacher else (None, None)
         report = strategy(student, rows, tokenizer=tokenizer, task=task, teacher=followed, teacher_tokenizer=its_tokenizer,
                           validation=judged, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
-                          max_length=max_length, seed=seed, out=out_folder, overwrite=overwrite, on_progress=tell)
+                          max_length=max_length, seed=seed, save_every=save_every,
+                          out=out_folder, overwrite=overwrite, on_progress=tell)
     print_json(report.to_json()) if as_json else show_training(report, out_folder)
 
 
