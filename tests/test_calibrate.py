@@ -3,6 +3,7 @@ import copy
 import gc
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -326,6 +327,7 @@ def test_windows_and_folders_change_no_bit(tiny_bert, tmp_path):
     assert [done for done, _, _ in said] == list(range(19))
     whole.save(tmp_path / "s")
     loaded = Calibration.load(tmp_path / "s")
+    assert all(len(list((tmp_path / folder).glob("group-*"))) == 8 for folder in "wos")  # one for each distinct input
     assert list(whole) == list(windowed) == list(once) == list(loaded)
     assert len({c.fingerprint() for c in (whole, windowed, once, loaded)}) == 1
     for name, seen in whole.items():
@@ -501,6 +503,34 @@ def test_nothing_is_kept_alive(tiny_bert):
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape == (4, 9, 32)]
     assert tensors == [] and len(stats) == 12
+
+
+MEMORY = """
+import sys, torch
+torch.set_num_threads(1)
+from torch import nn
+from lowfat.calibrate import calibrate
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(8192, 8)})])})
+model.forward = lambda x: model["blocks"][0]["fc"](x)
+batches = [{"x": torch.randn(64, 8192)} for _ in range(2)]
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+calibrate(model, batches, out=sys.argv[1])
+print((status("VmHWM") - before) / (4 * 8192**2))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads /proc")
+def test_statistics_take_little_more_memory_than_was_said(tmp_path):
+    """Checking and writing a Gram matrix must not copy it: a check at once took three times its size."""
+    out = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "w")], capture_output=True, text=True, check=True,
+                         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert float(out.stdout) <= 1.25
 
 
 @pytest.mark.gpu

@@ -60,12 +60,9 @@ def allocated(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[
     left = _left(ladders, budget, chosen)
     steps = [(-(lost[a] - lost[b]) / (ladder.costs[b] - ladder.costs[a]), i, b)
              for i, (ladder, lost) in enumerate(zip(ladders, losses)) for a, b in pairwise(_hull(ladder.costs, lost))]
-    full = set()
     for _, i, b in sorted(steps):
         cost = ladders[i].costs[b] - ladders[i].costs[chosen[i]]
-        if cost > left:
-            full.add(i)  # later steps of this matrix start from here
-        elif i not in full:
+        if cost <= left:  # where a step does not fit, later ones of the same matrix cost more still
             chosen[i], left = b, left - cost
     return _fill(ladders, left, chosen, lambda i, b: (losses[i][chosen[i]] - losses[i][b]) /
                  (ladders[i].costs[b] - ladders[i].costs[chosen[i]]))
