@@ -2,7 +2,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowfat.allocate import Ladder, allocated, per_matrix, uniform_rank
@@ -37,6 +37,7 @@ def test_each_step_of_a_ladder_costs_more(shapes):
 
 
 @given(SHAPES, st.floats(0.01, 0.999), st.sampled_from([per_matrix, uniform_rank, allocated]))
+@example([(10, 10)] * 60 + [(100, 100)], 0.12, per_matrix)  # rank 1 of the small ones is more than their share
 def test_the_budget_is_never_exceeded_and_met_within_a_step(shapes, ratio, policy):
     ladders = [Ladder(*shape) for shape in shapes]
     budget = int(ratio * sum(ladder.costs[-1] for ladder in ladders))

@@ -40,16 +40,8 @@ def per_matrix(ladders: Sequence[Ladder], budget: int) -> list[int]:
 
 
 def uniform_rank(ladders: Sequence[Ladder], budget: int) -> list[int]:
-    """One rank for all; a matrix that this rank would not make smaller stays dense."""
-    dense: set[int] = {i for i, ladder in enumerate(ladders) if not ladder.ranks}
-    while True:
-        rest = budget - sum(ladders[i].costs[-1] for i in dense)
-        width = sum(ladder.n + ladder.k for i, ladder in enumerate(ladders) if i not in dense)
-        rank = rest / width if width else 0.0
-        more = {i for i, ladder in enumerate(ladders) if i not in dense and rank * (ladder.n + ladder.k) >= ladder.costs[-1]}
-        if not more:
-            return _nearest(ladders, budget, [inf if i in dense else rank for i in range(len(ladders))])
-        dense |= more
+    """One rank for all; a matrix that this rank would not make smaller stays dense, and the others get what it leaves."""
+    return _nearest(ladders, budget, [budget / sum(ladder.n + ladder.k for ladder in ladders)] * len(ladders))
 
 
 def allocated(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[float]]) -> list[int]:
@@ -72,14 +64,17 @@ def _nearest(ladders: Sequence[Ladder], budget: int, targets: Sequence[float]) -
     """The largest sizes not above the target ranks; what rounding leaves goes to whoever is furthest below its target.
 
     Not to the largest next singular value: that would mean to decompose every matrix to place less than one step of each."""
-    chosen = [len(ladder.ranks) if target == inf else max(0, sum(rank <= target for rank in ladder.ranks) - 1)
+    chosen = [max(0, sum(cost <= target * (ladder.n + ladder.k) for cost in ladder.costs) - 1)
               for ladder, target in zip(ladders, targets)]
-    left = _left(ladders, budget, chosen)
 
     def below(i: int, b: int) -> float:
-        return targets[i] - ladders[i].costs[b] / (ladders[i].n + ladders[i].k) if b == chosen[i] + 1 else -inf
+        return targets[i] - ladders[i].costs[b] / (ladders[i].n + ladders[i].k)
 
-    return _fill(ladders, left, chosen, below, least=-inf)
+    while any(chosen) and sum(ladder.costs[b] for ladder, b in zip(ladders, chosen)) > budget:
+        # matrices that cannot go below rank 1 have taken more than their share
+        chosen[min((i for i, b in enumerate(chosen) if b), key=lambda i: below(i, chosen[i]))] -= 1
+    return _fill(ladders, _left(ladders, budget, chosen), chosen,
+                 lambda i, b: below(i, b) if b == chosen[i] + 1 else -inf, least=-inf)
 
 
 def _left(ladders: Sequence[Ladder], budget: int, chosen: Sequence[int]) -> int:
