@@ -1,4 +1,4 @@
-"""Matrices and calibration inputs on which solvers are known to fail (reliability.md 13)."""
+"""Matrices and calibration inputs on which solvers are known to fail."""
 import math
 
 import torch

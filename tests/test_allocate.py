@@ -68,7 +68,7 @@ def test_matrices_that_must_stay_dense_are_paid_for_by_the_others():
 
 
 def test_uniform_rank_is_one_rank_and_the_published_ones():
-    """BERT-base, methods.md 0: 128 is a quarter of the 72 matrices' parameters."""
+    """BERT-base: 128 is a quarter of the 72 matrices' parameters."""
     ladders = ([Ladder(768, 768)] * 4 + [Ladder(768, 3072), Ladder(3072, 768)]) * 12
     total = sum(ladder.costs[-1] for ladder in ladders)
     assert total == 84_934_656 and sum(ladder.n + ladder.k for ladder in ladders) == 165_888

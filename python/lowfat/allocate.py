@@ -9,7 +9,7 @@ from math import inf
 
 from .errors import ArgumentError
 
-STEP = 8  # ranks are multiples of it: what tensor cores want (methods.md 0)
+STEP = 8  # ranks are multiples of it: what tensor cores want
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def uniform_rank(ladders: Sequence[Ladder], budget: int) -> list[int]:
 def allocated(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[float]]) -> list[int]:
     """The least sum of losses (one for each size of a ladder, dense last): steps on the convex hulls by falling gain.
 
-    Optimal for convex curves up to the last step (Lagrange; methods.md 11.2), which the rest of the budget then fills."""
+    Optimal for convex curves up to the last step (Lagrange), which the rest of the budget then fills."""
     chosen = [0] * len(ladders)
     left = _left(ladders, budget, chosen)
     steps = [(-(lost[a] - lost[b]) / (ladder.costs[b] - ladder.costs[a]), i, b)

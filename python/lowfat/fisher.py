@@ -1,6 +1,6 @@
 """The empirical Fisher information of weights: the mean over samples of the squared gradient of each sample's own loss.
 
-Squaring the gradient of a batch would estimate something else (methods.md 0). A linear layer's gradient is g^T x, so one
+Squaring the gradient of a batch would estimate something else. A linear layer's gradient is g^T x, so one
 backward pass over a batch is enough where inputs x [B, T, k] and output gradients g [B, T, n] are kept: g_b^T x_b is that of
 sample b.
 """

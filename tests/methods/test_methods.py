@@ -1,4 +1,4 @@
-"""What every method must do: the identities, optimality and edge cases of methods.md 1, 8, 11.1 and 12."""
+"""What every method must do: the identities, optimality and edge cases of svd, fwsvd and whitened."""
 import pytest
 import torch
 

@@ -30,7 +30,7 @@ def test_all_solvers_agree(n, k):
     for rank in {1, min(n, k) // 2 or 1, min(n, k)}:
         dense = [factorize(weight, None, stats_of(x), rank=rank, solver=solver)[0].dense() for solver in SOLVERS]
         for other in dense[1:]:
-            assert (other - dense[0]).norm() <= 1e-10 * weight.norm()  # the accuracy that methods.md 11.1 promises
+            assert (other - dense[0]).norm() <= 1e-10 * weight.norm()  # fp64, squared once by the Gram matrix
 
 
 def test_white_inputs_give_plain_svd():
@@ -50,7 +50,7 @@ def test_how_many_tokens_were_seen_does_not_matter():  # kills: a damping that i
 
 
 def test_better_on_its_inputs_than_scaled_columns_and_those_better_than_plain_svd():
-    """The order of methods.md 11.1 where inputs are anisotropic."""
+    """The better the metric, the smaller the output error where inputs are anisotropic."""
     weight = torch.randn(40, 32, dtype=torch.float64)
     x = torch.randn(400, 32, dtype=torch.float64) @ (torch.randn(32, 32, dtype=torch.float64)
                                                      * torch.logspace(0, -2, 32, dtype=torch.float64))

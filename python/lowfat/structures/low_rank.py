@@ -48,7 +48,7 @@ class LowRank(Structure):
     @torch.no_grad()
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, *, rank: int) -> "LowRank":
         """The closest rank-r matrix to weight [n, k] (Eckart and Young 1936), each singular value split evenly between the
-        factors (methods.md 0), in the weight's dtype. Raises NumericsError for NaN or infinity, UnsupportedError for
+        factors, in the weight's dtype. Raises NumericsError for NaN or infinity, UnsupportedError for
         a sharded weight."""
         if hasattr(weight, "full_tensor"):
             raise UnsupportedError(f"weight is a {type(weight).__name__}, perhaps a shard; gather it with .full_tensor() first")
