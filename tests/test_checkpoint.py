@@ -84,6 +84,13 @@ def test_load_gives_the_same_model(model, tmp_path):
     assert not loaded.training
 
 
+@NEW_PROCESS
+def test_load_is_the_first_to_need_transformers(tiny_bert, tmp_path):
+    # `import lowfat; lowfat.load(folder)`, and nothing else: then the quantizer's own import is what is waited for
+    checkpoint.save(shrink(tiny_bert), tmp_path / "out")
+    run("import sys, lowfat; lowfat.load(sys.argv[1])", tmp_path / "out")
+
+
 def test_from_pretrained_gives_the_same_model(model, tmp_path):
     checkpoint.save(model, tmp_path / "out")
     assert_same(model, type(model).from_pretrained(tmp_path / "out"))

@@ -115,7 +115,6 @@ def attach(model: nn.Module) -> None:
     from . import quantizer
 
     _require(model)
-    quantizer.register()
     _replace_save_pretrained()
     modules, ties = describe(model)
     quantizer.declare_ties(model, ties)
@@ -302,9 +301,7 @@ def _versions() -> dict:
 
 
 def _register() -> None:
-    from . import quantizer
-
-    quantizer.register()
+    from . import quantizer  # noqa: F401  importing it registers; where this runs amid its import, nothing more may be asked
 
 
 when_imported("transformers.quantizers", _register)

@@ -105,13 +105,6 @@ class FactorQuantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Makes the method known to transformers; once."""
-    if "lowfat" not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config("lowfat")(FactorConfig)
-        register_quantizer("lowfat")(FactorQuantizer)
-
-
 def declare_ties(model, ties: dict[str, str]) -> None:
     """Tells transformers which parameters are one and the same, for saving and for loading."""
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
@@ -134,3 +127,8 @@ def _check_folder(files: list[Path], weights: str) -> None:
         raise IntegrityError(f"{name}: not listed in {manifest.NAME}")
     manifest.check(folder, only=due)
     check_config(manifest.read_json(folder / "config.json"))
+
+
+if "lowfat" not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config("lowfat")(FactorConfig)
+    register_quantizer("lowfat")(FactorQuantizer)
