@@ -121,7 +121,7 @@ def _losses(method: Method, module: nn.Module, stats: Mapping | None, name: str,
     Relative to what is lost at rank 1, not at rank 0: the first direction of a layer's outputs is mostly their mean, which
     is the same for every token and would hide that the rest is lost. Times n + k, so that a rank counts by its share of the
     layer's spectrum, whatever it costs: the largest values of all normalized spectra are kept (pooled as in COMPOT,
-    2602.15200). Absolute losses, or losses weighed by parameters, gave worse embeddings on MiniLM."""
+    2602.15200). Absolute losses, or losses weighed by parameters, left MiniLM's embeddings further from the dense ones."""
     try:
         curve = method.losses(dense_weight(module), stats[name] if method.needs else None, **arguments)
     except LowfatError as error:
