@@ -5,10 +5,10 @@
 // version and run on a CPU without it.
 //
 //        depth ->                    A tile is V::kRows rows of w by up to V::kTokens rows of x: that many sums stay in
-//      chunk   chunk                 registers while both are read along one chunk. A group is tiles whose chunk is about 8
-//   w  [=======|=======|==]  group   KB: all rows of x pass over it while it is in the L1 cache. A block is 8 groups: x's
+//      chunk   chunk                 registers while both are read along one chunk. A group is tiles whose chunk is about 4
+//   w  [=======|=======|==]  group   KB: all rows of x pass over it while it is in the L1 cache. A block is 16 groups: x's
 //      [-------|-------|--]  group   chunk stays in L1 while they go by. So w comes from memory once, and x from L2 once a
-//       ... 8 groups: a block        block. Without chunks, 4096 -> 4096, r 512, m = 8 takes 900 us and not 740 (bf16).
+//       ... 16 groups: a block       block. Without chunks, 4096 -> 4096, r 512, m = 8 takes 900 us and not 740 (bf16).
 //
 // Each step asks for what a later step reads, so that memory works while the arithmetic does.
 #pragma once
@@ -21,8 +21,8 @@ namespace low_rank {
 namespace {
 
 constexpr int64_t kChunk = 512;         // 32 KB of x at m = 16
-constexpr int64_t kGroupBytes = 8192;
-constexpr int64_t kBlockGroups = 8;
+constexpr int64_t kGroupBytes = 4096;   // widened bf16 takes twice as much beside it in L1; 8 KB is 4 % slower at m = 8
+constexpr int64_t kBlockGroups = 16;
 constexpr int64_t kAheadBytes = 16384;  // how far ahead of its use w is asked for
 
 // The steps of the loop: one chunk of one group at a time, groups first, then chunks, then blocks.
@@ -31,11 +31,13 @@ struct Steps {
   explicit Steps(const Product& product)
       : rows(product.rows), depth(product.depth), chunk(depth < kChunk ? depth : kChunk),
         chunks(chunk > 0 ? (depth + chunk - 1) / chunk : 1) {
-    const int64_t tile_bytes = V::kRows * chunk * kSize;
+    const int64_t tile_bytes = V::kRows * ((chunk + V::kStep - 1) / V::kStep * V::kStep) * kSize;
     group_rows = V::kRows * (tile_bytes == 0 || tile_bytes >= kGroupBytes ? 1 : kGroupBytes / tile_bytes);
   }
 
   static constexpr int64_t kSize = sizeof(typename V::Weight);
+  static constexpr int64_t kTileNumbers = V::kRows * kChunk;
+  static constexpr int64_t kMaxGroupNumbers = kGroupBytes / kSize > kTileNumbers ? kGroupBytes / kSize : kTileNumbers;
   static constexpr int64_t kMaxBlockRows = V::kRows * kBlockGroups * (kGroupBytes / (V::kRows * kChunk * kSize) + 1);
   const int64_t rows, depth, chunk, chunks;
   int64_t group_rows;
@@ -124,8 +126,8 @@ struct Unprepared {
 struct Step {
   int64_t first_row, last_row;
   int64_t chunk, first_d, last_d;
-  float* partial;           // [m, partial_stride]: the group's columns of the block's sums over earlier chunks
-  int64_t partial_stride;
+  float* partial;           // [tiles, kDecodeRows, V::kRows]: the group's sums over earlier chunks
+  float* widened;           // scratch: the group's chunk as floats, in the order of use, for every pass after the first
   uintptr_t ahead;          // what this step asks for: as many rows
   int64_t ahead_row_bytes;
 };
@@ -144,8 +146,45 @@ __attribute__((always_inline)) inline void add_part(typename V::Sum (&sums)[kTok
   if constexpr (kPart + 1 < V::kParts) add_part<V, kTokens, kPart + 1>(sums, wide, x, x_stride, count);
 }
 
+// The sums of a tile, added to those of earlier chunks, go to y, or to `keep` for later chunks: V::kTogether tokens at a
+// time, so that they share instructions.
+template <class V, int kTokens, int kFirst>
+__attribute__((always_inline)) inline void finish(const typename V::Sum (&sums)[kTokens][V::kRows], const float* earlier,
+                                                  float* keep, typename V::Weight* y, int64_t y_stride,
+                                                  const typename V::Weight* bias, int64_t rows) {
+  constexpr int kMany = kTokens - kFirst >= V::kTogether ? V::kTogether : 1;
+  auto total = V::template reduce<kMany>(&sums[kFirst]);
+  if (earlier) total = V::add_partial(total, earlier + kFirst * V::kRows);
+  if (keep)
+    V::keep_partial(keep + kFirst * V::kRows, total);
+  else
+    V::store(y + kFirst * y_stride, y_stride, total, bias, rows);
+  if constexpr (kFirst + kMany < kTokens) finish<V, kTokens, kFirst + kMany>(sums, earlier, keep, y, y_stride, bias, rows);
+}
+
+// What a pass over a group does with the weights it widens. Later passes read them from the L1 cache: to widen again
+// would be a fifth of their arithmetic.
+enum class Widen { forget, keep, reuse };
+
+template <class V, Widen kWiden>
+__attribute__((always_inline)) inline typename V::Wide load_wide(const typename V::Weight* w, int64_t count,
+                                                                 float*& widened) {
+  constexpr int kLanes = V::kStep / V::kParts;
+  typename V::Wide wide;
+  if constexpr (kWiden == Widen::reuse) {
+    for (int part = 0; part < V::kParts; ++part) wide.part[part] = V::load_part(widened + part * kLanes);
+  } else {
+    wide = count == V::kStep ? V::load(w) : V::load_tail(w, count);
+  }
+  if constexpr (kWiden == Widen::keep) {
+    for (int part = 0; part < V::kParts; ++part) V::store_part(widened + part * kLanes, wide.part[part]);
+  }
+  if constexpr (kWiden != Widen::forget) widened += V::kStep;
+  return wide;
+}
+
 // kAhead: of how many rows of each tile this pass asks for the tile ahead, from row ahead_row on.
-template <class V, int kTokens, int kAhead>
+template <class V, int kTokens, int kAhead, Widen kWiden>
 __attribute__((noinline)) void multiply_group(const Product& product, const Step& step, int64_t token, int64_t ahead_row) {
   using Weight = typename V::Weight;
   const int64_t depth = product.depth, x_stride = V::x_stride(depth);
@@ -153,6 +192,7 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
   const auto* x = static_cast<const typename V::Input*>(product.x) + V::x_at(product, step.chunk, token);
   const auto* all_w = static_cast<const Weight*>(product.w);
   const auto* bias = static_cast<const Weight*>(product.bias);
+  float* widened = step.widened;
   const bool is_first = step.first_d == 0, is_last = step.last_d == depth;
 
   for (int64_t row = step.first_row; row < step.last_row; row += V::kRows) {
@@ -167,7 +207,7 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
     typename V::Wide wide[V::kRows];
     int64_t d = 0;
     for (; d + V::kStep <= count; d += V::kStep) {
-      for (int i = 0; i < V::kRows; ++i) wide[i] = V::load(w[i] + d);
+      for (int i = 0; i < V::kRows; ++i) wide[i] = load_wide<V, kWiden>(w[i] + d, V::kStep, widened);
       for (int i = 0; i < kAhead; ++i) {
         const int64_t at = i * step.ahead_row_bytes + d * static_cast<int64_t>(sizeof(Weight));
         __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(at)), 0, 2);  // into L2
@@ -175,30 +215,23 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
       add_part<V, kTokens, 0>(sums, wide, x + d, x_stride, V::kStep);
     }
     if (d < count) {
-      for (int i = 0; i < V::kRows; ++i) wide[i] = V::load_tail(w[i] + d, count - d);
+      for (int i = 0; i < V::kRows; ++i) wide[i] = load_wide<V, kWiden>(w[i] + d, count - d, widened);
       add_part<V, kTokens, 0>(sums, wide, x + d, x_stride, count - d);
     }
 
-    float* partial = step.partial + token * step.partial_stride + (row - step.first_row);
+    float* partial = step.partial + (row - step.first_row) * kDecodeRows + token * V::kRows;
     auto* y = static_cast<Weight*>(product.y) + token * product.rows + row;
-#pragma GCC unroll 6
-    for (int t = 0; t < kTokens; ++t) {
-      auto total = V::reduce(sums[t]);
-      if (!is_first) total = V::add_partial(total, partial + t * step.partial_stride);
-      if (!is_last)
-        V::keep_partial(partial + t * step.partial_stride, total);
-      else
-        V::store(y + t * product.rows, total, bias ? bias + row : nullptr, here);
-    }
+    const Weight* tile_bias = bias ? bias + row : nullptr;
+    finish<V, kTokens, 0>(sums, is_first ? nullptr : partial, is_last ? nullptr : partial, y, product.rows, tile_bias, here);
   }
 }
 
-template <class V, int kAhead, int kTokens = V::kTokens>
+template <class V, int kAhead, Widen kWiden, int kTokens = V::kTokens>
 void multiply_tokens(const Product& product, const Step& step, int64_t token, int64_t tokens, int64_t ahead_row) {
   if constexpr (kTokens > 1) {
-    if (tokens < kTokens) return multiply_tokens<V, kAhead, kTokens - 1>(product, step, token, tokens, ahead_row);
+    if (tokens < kTokens) return multiply_tokens<V, kAhead, kWiden, kTokens - 1>(product, step, token, tokens, ahead_row);
   }
-  multiply_group<V, kTokens, kAhead>(product, step, token, ahead_row);
+  multiply_group<V, kTokens, kAhead, kWiden>(product, step, token, ahead_row);
 }
 
 template <class V>
@@ -209,7 +242,10 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
   const int64_t last_row = last_tile * V::kRows < product.rows ? last_tile * V::kRows : product.rows;
   const int64_t passes = (product.m + V::kTokens - 1) / V::kTokens;
   constexpr int kShare = (V::kRows + 1) / 2;  // of each tile ahead, for each of the first two passes
-  float partial[kDecodeRows * Steps<V>::kMaxBlockRows];
+  constexpr Widen kFirst = V::kParts > 1 ? Widen::keep : Widen::forget;
+  constexpr Widen kLater = V::kParts > 1 ? Widen::reuse : Widen::forget;
+  alignas(64) float widened[V::kParts > 1 ? Steps<V>::kMaxGroupNumbers : 1];
+  alignas(64) float partial[kDecodeRows * Steps<V>::kMaxBlockRows];
   Ahead<V> ahead(product, steps, first_tile * V::kRows);
 
   for (int64_t block = first_tile * V::kRows; block < last_row; block += block_rows) {
@@ -218,18 +254,20 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
       for (int64_t row = block; row < block_end; row += steps.group_rows, ahead.advance()) {
         const int64_t group_end = row + steps.group_rows < block_end ? row + steps.group_rows : block_end;
         const int64_t last_d = chunk + 1 < steps.chunks ? (chunk + 1) * steps.chunk : product.depth;
-        const Step step{row, group_end, chunk, chunk * steps.chunk, last_d, partial + (row - block),
-                        Steps<V>::kMaxBlockRows, ahead.address(), ahead.row_bytes()};
+        const Step step{row, group_end, chunk, chunk * steps.chunk, last_d, partial + (row - block) * kDecodeRows, widened,
+                        ahead.address(), ahead.row_bytes()};
         if (passes == 1) {
-          multiply_tokens<V, V::kRows>(product, step, 0, product.m, 0);
+          multiply_tokens<V, V::kRows, Widen::forget>(product, step, 0, product.m, 0);
           continue;
         }
         for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
           const int64_t tokens = product.m / passes + (pass < product.m % passes ? 1 : 0);  // as even as can be
-          if (pass < 2)
-            multiply_tokens<V, kShare>(product, step, token, tokens, pass * kShare);
+          if (pass == 0)
+            multiply_tokens<V, kShare, kFirst>(product, step, token, tokens, 0);
+          else if (pass == 1)
+            multiply_tokens<V, kShare, kLater>(product, step, token, tokens, kShare);
           else
-            multiply_tokens<V, 0>(product, step, token, tokens, 0);
+            multiply_tokens<V, 0, kLater>(product, step, token, tokens, 0);
           token += tokens;
         }
       }

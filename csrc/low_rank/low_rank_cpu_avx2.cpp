@@ -8,13 +8,16 @@ namespace {
 
 // 8 sums, 4 weights and one x of the 16 registers.
 struct Avx2 : FourSums {
-  static constexpr int kRows = 4, kTokens = 2;
+  static constexpr int kRows = 4, kTokens = 2, kTogether = 1;
   using Sum = __m256;
 
   static Sum zero() { return _mm256_setzero_ps(); }
+  static __m256 load_part(const float* from) { return _mm256_loadu_ps(from); }
   static void store_part(float* to, __m256 part) { _mm256_storeu_ps(to, part); }
   static Sum multiply_add(__m256 w, __m256 x, Sum sum) { return _mm256_fmadd_ps(w, x, sum); }
-  static __m128 reduce(const Sum (&v)[4]) {
+  template <int>
+  static __m128 reduce(const Sum (*tokens)[4]) {
+    const Sum(&v)[4] = *tokens;
     const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));  // a b c d in both halves
     return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
   }

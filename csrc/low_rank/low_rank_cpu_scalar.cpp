@@ -15,7 +15,7 @@ struct Four {
 
 template <class Element>
 struct Scalar : Packed<Scalar<Element>, 4> {
-  static constexpr int kRows = 4, kTokens = 2, kStep = 4, kParts = 1;
+  static constexpr int kRows = 4, kTokens = 2, kTogether = 1, kStep = 4, kParts = 1;
   using Weight = Element;
   struct Wide {
     Float4 part[1];
@@ -43,7 +43,9 @@ struct Scalar : Packed<Scalar<Element>, 4> {
   static Float4 load_x(const float* p, int64_t) { return load4(p); }
   static void store_part(float* to, Float4 part) { __builtin_memcpy(to, &part, sizeof(part)); }
   static Sum multiply_add(Float4 w, Float4 x, Sum sum) { return sum + w * x; }
-  static Four reduce(const Sum (&v)[4]) {
+  template <int>
+  static Four reduce(const Sum (*tokens)[4]) {
+    const Sum(&v)[4] = *tokens;
     Four all;
     for (int i = 0; i < 4; ++i) all.sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
     return all;
@@ -54,7 +56,7 @@ struct Scalar : Packed<Scalar<Element>, 4> {
     return total;
   }
   static void keep_partial(float* partial, const Four& all) { __builtin_memcpy(partial, all.sums, sizeof(all.sums)); }
-  static void store(Element* y, const Four& all, const Element* bias, int64_t rows) {
+  static void store(Element* y, int64_t, const Four& all, const Element* bias, int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) store_one(y + i, all.sums[i], bias ? bias + i : nullptr);
   }
 };

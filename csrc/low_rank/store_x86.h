@@ -35,7 +35,7 @@ struct FourSums {
   static void keep_partial(float* partial, __m128 sums) { _mm_storeu_ps(partial, sums); }
 
   template <class Weight>
-  static void store(Weight* y, __m128 sums, const Weight* bias, int64_t rows) {
+  static void store(Weight* y, int64_t, __m128 sums, const Weight* bias, int64_t rows) {
     if (rows == 4) return store4(y, bias ? _mm_add_ps(sums, load4(bias)) : sums);
     float each[4];
     _mm_storeu_ps(each, sums);
