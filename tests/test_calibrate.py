@@ -540,3 +540,25 @@ def test_a_model_on_a_gpu_gives_the_same_statistics(tiny_bert):
     for name in cpu:
         for a, b in zip(cpu[name].tensors().values(), gpu[name].tensors().values(), strict=True):
             assert b.device.type == "cpu" and (a - b).norm() <= 1000 * EPS32 * a.norm()
+
+
+def test_statistics_on_disk_belong_to_one_model_and_its_batches(tiny_bert, tmp_path):
+    """kills: a resume that looks at counts alone, which a fine-tuned copy or other text of the same length share."""
+    batches = [{"input_ids": torch.arange(12).reshape(2, 6)}]
+    calibrate(tiny_bert, batches, out=tmp_path / "stats")
+    with pytest.raises(ArgumentError, match="other layers or settings"):
+        calibrate(tiny_bert, [{"input_ids": torch.arange(12, 24).reshape(2, 6)}], out=tmp_path / "stats")
+    with torch.no_grad():
+        tiny_bert.get_input_embeddings().weight.add_(1)
+    with pytest.raises(ArgumentError, match="other layers or settings"):
+        calibrate(tiny_bert, batches, out=tmp_path / "stats")
+
+
+def test_padding_of_several_choices_is_left_out():
+    from transformers import BertConfig, BertForMultipleChoice
+    model = BertForMultipleChoice(BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                             intermediate_size=48, max_position_embeddings=40)).eval()
+    mask = torch.ones(2, 3, 8, dtype=torch.long)
+    mask[..., 4:] = 0
+    stats = calibrate(model, [{"input_ids": torch.randint(97, (2, 3, 8)), "attention_mask": mask}])
+    assert {one.rows for one in stats.values()} == {24}

@@ -16,6 +16,7 @@ from .errors import ArgumentError, NumericsError, UnsupportedError
 from .fisher import FisherSums, add_fisher, batch_shape, parts
 from .layers import factorizable, sizes
 from .listen import forward, listening, untouched
+from .progress import tensors_digest
 from .stats import Calibration, Stats, read_group, write_group, write_index
 from .storage import stage
 
@@ -37,6 +38,7 @@ class _Look:
     batches: int
     tokens: int
     labelled: bool
+    digest: str  # of all tensors in them
 
 
 class _Enough(Exception):
@@ -64,8 +66,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
         groups, calls = _discover(model, modules, next(iter(batches)))
         dtype = torch.float64 if look.tokens > _MANY_TOKENS else torch.float32
         needs = [_bytes_of(group, modules, fisher, dtype) for group in groups]
-        facts = [[group.names for group in groups], fisher, look.batches, look.tokens]
-        settings = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        settings = "" if folder is None else _settings(model, groups, fisher, look)
         found: dict = {} if folder is None else _written(folder, len(groups), settings)
         windows = _windows([number for number, group in enumerate(groups) if group.names[0] not in found], needs,
                            _free(model) // 2 if memory is None else memory, folder)
@@ -86,21 +87,29 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
     return Calibration.load(folder)
 
 
+def _settings(model: nn.Module, groups: Sequence[_Group], fisher: str | None, look: _Look) -> str:
+    """What statistics on disk must agree in to be taken for these: layers, options, every weight, every batch."""
+    facts = [[group.names for group in groups], fisher, look.digest, tensors_digest(model.state_dict().items())]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def _look(batches: Iterable) -> _Look:
     count = tokens = labelled = 0
+    digest = hashlib.sha256()
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise ArgumentError(f"batches: batch {count} is a {type(batch).__name__}, needs a dict for model(**batch)")
         mask, shape = batch.get("attention_mask"), batch_shape(batch)
-        inside = int((mask != 0).sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else torch.Size(shape).numel()
+        inside = int((mask != 0).sum()) if isinstance(mask, Tensor) else torch.Size(shape).numel()
         if inside == 0:
             raise ArgumentError(f"batches: batch {count} holds no tokens")
         count, tokens, labelled = count + 1, tokens + inside, labelled + ("labels" in batch)
+        digest.update(tensors_digest((key, value) for key, value in batch.items() if isinstance(value, Tensor)).encode())
     if count == 0:
         raise ArgumentError("batches: empty; calibration needs at least one batch")
     if 0 < labelled < count:
         raise ArgumentError(f"batches: {labelled} of {count} carry labels; give labels to all or to none")
-    return _Look(count, tokens, labelled > 0)
+    return _Look(count, tokens, labelled > 0, digest.hexdigest())
 
 
 def _fisher_mode(model: nn.Module, fisher: str | bool | None, look: _Look) -> str | None:
@@ -248,13 +257,12 @@ def _hear(model: nn.Module, batch: Mapping) -> None:
 
 def _rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
     """The inputs of all tokens that are not padding.   [rows, k]"""
-    if mask is None or mask.dim() != 2 or bool(mask.all()):
-        return x.reshape(-1, x.shape[-1])
-    mask = mask.to(x.device) != 0
-    if x.shape[:-1] == mask.shape:
-        return x[mask]
-    if x.dim() == 2 and len(x) == mask.numel():
-        return x[mask.reshape(-1)]
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or bool(mask.all()):
+        return rows
+    # the same order, or one that flattening both gives: [b, t] read as [b t], [b, choices, t] as [b choices, t]
+    if x.shape[:-1] == mask.shape or (len(rows) == mask.numel() and (x.dim() == 2 or mask.dim() > x.dim() - 1)):
+        return rows[mask.to(x.device).reshape(-1) != 0]
     raise UnsupportedError(f"{name}: inputs {list(x.shape)} do not line up with the attention mask {list(mask.shape)}; "
                            "use batches without padding")
 
