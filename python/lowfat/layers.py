@@ -1,7 +1,9 @@
 """Which layers of a model can be factorized, and what is done to them: read the sizes, read the weight, replace."""
+import inspect
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, n
     for name, module in model.named_modules():
         if is_linear(module):
             others = [user for user in users[_storage_key(module.weight)] if user != f"{name}.weight".lstrip(".")]
-            reason = _why_not(module, modules[name.rpartition(".")[0]], others)
+            reason = _why_not(module, {other: modules[other.rpartition(".")[0]] for other in names[id(module)]}, others)
             if reason is None and not matched.intersection(names[id(module)]):
                 reason = "outside the blocks" if patterns is None else "not matched"
             if reason is None:
@@ -98,16 +100,26 @@ def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, n
     return linear, reasons
 
 
-def _why_not(module: nn.Module, parent: nn.Module, tied: list[str]) -> str | None:
+def _why_not(module: nn.Module, parents: dict[str, nn.Module], tied: list[str]) -> str | None:
     if tied:
         return f"tied to {', '.join(tied)}"
-    if isinstance(parent, _READ_FROM_OUTSIDE):
-        return f"{type(parent).__name__} reads its weight directly"
+    for name, parent in parents.items():
+        if isinstance(parent, _READ_FROM_OUTSIDE) or f"self.{name.rpartition('.')[2]}.weight" in _source(type(parent)):
+            return f"{type(parent).__name__} reads its weight directly"
     if module.weight.dtype not in _DTYPES:
         return f"stored as {module.weight.dtype}"
     if module.weight.numel() == 0:
         return "empty"
     return None
+
+
+@lru_cache(maxsize=None)
+def _source(cls: type) -> str:
+    """The code of a class: T5's blocks, for one, ask a linear layer for `.weight.dtype`, which factors do not have."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # built in, or typed at a prompt
+        return ""
 
 
 def _why_no_linear(module: nn.Module, parameter: Tensor) -> str:
