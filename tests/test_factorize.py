@@ -243,3 +243,18 @@ def test_a_damaged_layer_is_refused(tmp_path, tiny_bert):
     path.write_bytes(data)
     with pytest.raises(IntegrityError, match="layer-00003"):
         factorized(tiny_bert, tmp_path / "layers")
+
+
+def test_a_model_that_only_looks_like_hugging_faces_is_factorized(tmp_path):
+    model = torch.nn.Module()
+    model.config, model.blocks = {"hidden": 32}, torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(32, 32))])
+    report = factorize(model, plan(model, method="svd", ratio=0.5))
+    assert report.layers[0].kept and type(model.blocks[0][0]).__name__ == "LowRank"
+
+
+def test_what_was_left_alone_is_reported(tiny_bert):
+    choices = plan(tiny_bert, method="svd", ratio=0.5, layers=["*.query"])
+    report = factorize(tiny_bert, choices)
+    assert report.skipped["classifier"] == "outside the blocks"
+    assert report.skipped["bert.encoder.layer.0.attention.self.key"] == "not in the plan"
+    assert not set(report.skipped) & set(choices) and report.to_json()["skipped"] == report.skipped

@@ -84,7 +84,7 @@ def export_dense(model: nn.Module, out: str | Path, *, tokenizer=None, overwrite
     """Multiplies all factors out and writes a plain Hugging Face folder, which opens without lowfat."""
     from transformers.modeling_utils import PreTrainedModel
 
-    _require(model)
+    check_model(model)
     storage.check_target(out, overwrite)  # before the multiplication
     config = copy.deepcopy(model.config)
     _forget(config)
@@ -114,7 +114,7 @@ def attach(model: nn.Module) -> None:
     """Records the factorized layers in `model.config` and makes `model.save_pretrained` write what `save` writes."""
     from . import quantizer
 
-    _require(model)
+    check_model(model)
     _replace_save_pretrained()
     modules, ties = describe(model)
     quantizer.declare_ties(model, ties)
@@ -207,7 +207,8 @@ def _original(cls):
     return getattr(cls.save_pretrained, "without_lowfat", cls.save_pretrained)
 
 
-def _require(model) -> None:
+def check_model(model) -> None:
+    """Raises ArgumentError or UnsupportedError for a model whose checkpoint could not be written."""
     from transformers.modeling_utils import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

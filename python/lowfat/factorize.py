@@ -1,5 +1,6 @@
 """Replaces the linear layers of a model by factors, one layer after the other, as a plan says."""
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -43,6 +44,7 @@ class LayerReport:
 class Report:
     """What factorize() did, layer by layer."""
     layers: list[LayerReport]
+    skipped: dict[str, str] = field(default_factory=dict)  # every other weight matrix, and why
 
     @property
     def parameters(self) -> int:
@@ -59,7 +61,7 @@ class Report:
 
     def to_json(self) -> dict:
         """Plain JSON."""
-        return {"layers": [asdict(layer) for layer in self.layers], "parameters": self.parameters,
+        return {"layers": [asdict(layer) for layer in self.layers], "skipped": self.skipped, "parameters": self.parameters,
                 "dense_parameters": self.dense_parameters, "ratio": self.ratio}
 
 
@@ -73,26 +75,39 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
     Raises before any layer changes: ArgumentError or ShapeError for a plan that does not fit the model or the stats,
     NumericsError for a weight with NaN or infinity."""
     modules = _checked(model, plan, stats)
+    left_alone = _left_alone(model, plan)
     if resume is None:
         report = _factorize(model, modules, plan, stats, None, on_progress)
     else:
         with opened(resume, _fingerprint(modules, plan, stats)) as folder:
             report = _factorize(model, modules, plan, stats, folder, on_progress)
-    _attach(model)
+    if _is_hugging_face(model):
+        from .checkpoint import attach
+
+        attach(model)
+    report.skipped = left_alone
     return report
 
 
-def _attach(model: nn.Module) -> None:
-    if hasattr(model, "config"):
-        from .checkpoint import attach  # not above: checkpoint is for Hugging Face models, factorize for any
+def _is_hugging_face(model: nn.Module) -> bool:
+    """Others are factorized too, and saved by their owner; where transformers was never imported there can be none."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
-        attach(model)
+
+def _left_alone(model: nn.Module, plan: Mapping) -> dict[str, str]:
+    others = dict.fromkeys(factorizable(model, ["*"]), "not in the plan") | skipped(model)
+    return {name: reason for name, reason in others.items() if name not in plan}
 
 
 def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None) -> dict[str, nn.Module]:
     """The module of every name in the plan, after all that can be refused without work."""
     if not plan:
         raise ArgumentError("plan: no layers")
+    if _is_hugging_face(model):
+        from .checkpoint import check_model  # not above: checkpoint is for Hugging Face models, factorize for any
+
+        check_model(model)
     eligible = factorizable(model, ["*"])
     for name, choice in plan.items():
         if name not in eligible:
