@@ -133,3 +133,11 @@ def test_a_target_of_its_own_is_replaced_only_when_asked(saved):
     run(folder, ratio=0.4, overwrite=True)
     manifest = json.loads((folder.parent / "out" / "manifest.json").read_text())
     assert manifest["facts"]["job"]["options"]["ratio"] == 0.4
+
+
+def test_a_folder_without_tokenizer_is_refused_where_text_is_read(tiny_bert, tmp_path):
+    """transformers makes an empty one up: every word unknown, and a plausible number at the end."""
+    tiny_bert.save_pretrained(tmp_path / "model")
+    with pytest.raises(ArgumentError, match="has no tokenizer"):
+        open_model(tmp_path / "model")
+    assert open_model(tmp_path / "model", reads_text=False)[1] is None

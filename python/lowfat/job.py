@@ -18,6 +18,8 @@ from .plan import POLICIES, Plan, plan
 
 AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "lm": "AutoModelForCausalLM",
                 "embedding": "AutoModel"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+                    "sentencepiece.bpe.model")
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what decides a model and its tokenizer
 
 
@@ -39,7 +41,7 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     fingerprint |= progress.environment(torch.device(device))
     storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
 
-    model, tokenizer = open_model(folder, task=task, device=device)
+    model, tokenizer = open_model(folder, task=task, device=device, reads_text=rows is not None)
     plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
     check_weights(factorizable(model, layers))
     data = None if rows is None else _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
@@ -64,10 +66,11 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     return report
 
 
-def open_model(folder: str | Path, *, task: str | None = None, device: str | torch.device = "cpu"):
+def open_model(folder: str | Path, *, task: str | None = None, device: str | torch.device = "cpu", reads_text: bool = True):
     """(model in eval mode, tokenizer) of a folder, dense or lowfat's own, in the class saved or the one the task needs.
 
-    ArgumentError: not a model, or one without the weights that the task needs."""
+    reads_text False: the tokenizer may be missing, and is None then. ArgumentError: not a model, or one without the weights
+    that the task needs, or without a tokenizer."""
     import transformers
 
     folder = Path(folder)
@@ -77,7 +80,12 @@ def open_model(folder: str | Path, *, task: str | None = None, device: str | tor
         raise ArgumentError(f"{folder}: {'no config.json, so not a model' if folder.is_dir() else 'no such folder'}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # transformers makes an empty tokenizer up where there is none, and every text becomes unknown tokens
+        has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        if reads_text and not has_tokenizer:
+            raise ArgumentError(f"{folder}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
+                                "save it with the model")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
         names = getattr(config, "architectures", None) or [None]
         fits = task in (None, task_of(config)) and hasattr(transformers, names[0] or "")
         name = names[0] if fits else AUTO_CLASSES[task or task_of(config)]

@@ -120,7 +120,8 @@ def json_digest(value) -> str:
 
 def environment(device: torch.device) -> dict:
     """What else decides the bits: versions, and where it runs."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "device": device.type}
+    found = {"python": platform.python_version(), "torch": torch.__version__, "device": device.type,
+             "threads": torch.get_num_threads()}
     for name in ("lowfat", "transformers"):
         try:
             found[name] = version(name)
