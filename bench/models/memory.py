@@ -15,7 +15,7 @@ from pathlib import Path
 
 LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
                 vocab_size=32768, tie_word_embeddings=True, max_position_embeddings=2048)
-RATIO = 0.5
+RATIO, BATCHES, TOKENS = 0.5, 2, 256  # few tokens: what is measured does not depend on them
 
 
 def rss_bytes(field: str) -> int:
@@ -57,9 +57,9 @@ def calibrate(work: Path) -> dict:
     def run(facts):
         model = AutoModelForCausalLM.from_pretrained(work / "dense", dtype="auto")
         torch.manual_seed(1)
-        batches = [{"input_ids": torch.randint(0, LLAMA_1B["vocab_size"], (1, 512))} for _ in range(8)]
-        lowfat.calibrate(model, batches, out=work / "stats", memory=512 << 20)
-        facts["tokens"] = 8 * 512
+        batches = [{"input_ids": torch.randint(0, LLAMA_1B["vocab_size"], (1, TOKENS))} for _ in range(BATCHES)]
+        lowfat.calibrate(model, batches, out=work / "stats", memory=1 << 30)
+        facts["tokens"] = BATCHES * TOKENS
     return measured(run)
 
 
@@ -72,11 +72,12 @@ def factorize(work: Path) -> dict:
     def run(facts):
         model = AutoModelForCausalLM.from_pretrained(work / "dense", dtype="auto")
         facts["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
-        plan = lowfat.plan(model, method="whitened", ratio=RATIO, policy="per_matrix")
+        stats = Calibration.load(work / "stats")  # read layer by layer
+        plan = lowfat.plan(model, method="whitened", ratio=RATIO, policy="per_matrix", stats=stats)
         largest = max(4 * (c.out_features * c.in_features + c.in_features**2
                            + c.arguments.get("rank", 0) * (c.in_features + c.out_features)) for c in plan.values())
         facts["largest_layer_bytes"] = largest
-        report = lowfat.factorize(model, plan, Calibration.load(work / "stats"))
+        report = lowfat.factorize(model, plan, stats)
         facts["layers"] = len(report.layers)
         facts["bound"] = facts["weight_bytes"] + int(1.5 * largest)
     return measured(run)
