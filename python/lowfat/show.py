@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .spectra import SHARES
+
 out, err = Console(highlight=False), Console(stderr=True)
 
 
@@ -38,12 +40,15 @@ def print_json(value) -> None:
     print(json.dumps(value, indent=1))
 
 
-def plain_table(*columns: str, title: str | None = None) -> Table:
-    """First column left, the others right, no lines but one."""
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, title: str) -> None:
+    """First column left, the others right; in a narrow terminal only the first gives way."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="ellipsis", no_wrap=True)
-    return table
+    for number, cells in enumerate(zip(header, *rows)):
+        table.add_column(header[number], justify="right" if number else "left", overflow="ellipsis", no_wrap=True,
+                         min_width=max(map(len, cells)) if number else None)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
 def short_names(names: list[str]) -> tuple[str, list[str]]:
@@ -57,21 +62,27 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.2f} M"
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
 def show_report(report, folder: Path) -> None:
     start, names = short_names([layer.name for layer in report.layers])
-    table = plain_table("layer", "out x in", "rank", "kept", "error", "of outputs", title=start.rstrip("."))
+    rows = []
     for name, layer in zip(names, report.layers):
         size = f"{layer.shape['out_features']} x {layer.shape['in_features']}" if layer.shape else ""
-        table.add_row(name, size, str(layer.rank or "dense"), percent(layer.parameters / layer.dense_parameters),
-                      percent(layer.error), percent(layer.output_error))
-    out.print(table)
+        rows.append((name, size, str(layer.rank or "dense"), percent(layer.parameters / layer.dense_parameters),
+                     percent(layer.error), percent(layer.output_error)))
+    print_table(("layer", "out x in", "rank", "kept", "error", "of outputs"), rows, title=start.rstrip("."))
     for layer in report.layers:
         for note in ([f"stays dense: {layer.reason}"] if not layer.kept else []) + layer.events:
             out.print(f"{layer.name}: {note}", soft_wrap=True)
+    for reason, count in Counter(report.skipped.values()).items():
+        out.print(f"{counted(count, 'other weight')} left alone: {reason}", soft_wrap=True)
     out.print(f"{millions(report.parameters)} of {millions(report.dense_parameters)} parameters kept in these layers "
               f"({percent(report.ratio)}); written to {folder}", soft_wrap=True)
 
@@ -94,13 +105,14 @@ def show_numbers(found: dict) -> None:
 def show_spectra(found: list, left_out: dict[str, str], model, plot: Path | None) -> None:
     start, names = short_names([one.name for one in found])
     has_error = any(one.error is not None for one in found)
-    table = plain_table("layer", "out x in", "rank", "kept", "50 %", "90 %", "99 %", "pays below",
-                        *(["error"] if has_error else []), title=start.rstrip("."))
+    rows = []
     for name, one in zip(names, found):
-        table.add_row(name, f"{one.out_features} x {one.in_features}", str(one.rank or "dense"),
-                      percent(one.parameters / one.dense_parameters), *(str(rank) for rank in one.energy_ranks()),
-                      str(one.break_even + 1), *([percent(one.error)] if has_error else []))
-    out.print(table)
+        rows.append((name, f"{one.out_features} x {one.in_features}", str(one.rank or "dense"),
+                     percent(one.parameters / one.dense_parameters), *map(str, one.energy_ranks()),
+                     *([percent(one.error)] if has_error else [])))
+    header = ("layer", "out x in", "rank", "kept", *(f"{100 * share:.0f} %" for share in SHARES),
+              *(["error"] if has_error else []))
+    print_table(header, rows, title=start.rstrip("."))
     out.print("50, 90, 99 %: ranks that hold so much of the squared singular values.", soft_wrap=True)
     for (kind, reason), count in Counter((re.sub(r"\d+", "*", name), reason) for name, reason in left_out.items()).items():
         if not reason.startswith("already"):
@@ -137,33 +149,23 @@ def show_doctor(known: dict, advice: list[str]) -> None:
 
 
 def show_demo(result, folder: Path, job) -> None:
-    dense, *others = result.rows
-    final = others[-1]
-    table = plain_table("model", "kept", "found first", "MRR", "cosine", "parameters", "weights",
-                        title=f"{job.ENCODER}: find a docstring's continuation among {result.texts}")
-    for row in result.rows:
-        table.add_row(row.name, percent(row.ratio), percent(row.recall_at_1), f"{row.mrr:.3f}", f"{row.cosine:.3f}",
-                      millions(row.parameters), f"{row.bytes / 1e6:.0f} MB")
-    out.print(table)
-    out.print("kept: share of the parameters of the encoder's 36 matrices; cosine: to the dense embedding.\n",
-              soft_wrap=True)
-    timed = plain_table("time", "dense", "factorized", "speed-up",
-                        title=f"The last row against dense, {result.threads} thread(s)")
-    for one in result.layers:
-        what = f"1 token, {one['in_features']} to {one['out_features']}, rank {one['rank']} ({one['path']})"
-        timed.add_row(what, f"{one['dense_us']:.0f} us",
-                      f"{one['us']:.0f} us", f"{one['speedup']:.2f} x")
-    for one in result.latency:
-        timed.add_row(f"whole model, {one['texts']} text(s) of {one['tokens']} tokens", f"{one['dense_ms']:.1f} ms",
-                      f"{one['ms']:.1f} ms", f"{one['speedup']:.2f} x")
-    timed.add_row("folder on disk", *(f"{size / 1e6:.1f} MB" for size in result.folder_bytes.values()), "")
-    out.print(timed)
-    lost = result.dense_found - result.final_found
-    out.print(f"\nLost: of the {result.dense_found} texts that the dense model finds first, {final.name} finds {lost} fewer "
-              f"({result.final_found} of {result.texts}). Most of the file is the embedding table, which stays.",
-              soft_wrap=True)
+    rows = [(row.name, f"{100 * row.ratio:.0f} %", percent(row.recall_at_1), f"{row.mrr:.3f}", f"{row.cosine:.3f}",
+             f"{row.parameters / 1e6:.1f} M", f"{row.bytes / 1e6:.0f} MB") for row in result.rows]
+    print_table(("model", "kept", "first", "MRR", "cosine", "params", "size"), rows,
+                title=f"{job.ENCODER}: find a docstring's continuation among {result.texts}")
+    out.print("kept: of the parameters of the encoder's 36 matrices. first: found at the first\nplace. "
+              "cosine: to the dense embedding.\n")
+    rows = [(f"1 token, {one['in_features']} to {one['out_features']}, rank {one['rank']} ({one['path']})",
+             f"{one['dense_us']:.0f} us", f"{one['us']:.0f} us", f"{one['speedup']:.2f} x") for one in result.layers]
+    rows += [(f"whole model, {counted(one['texts'], 'text')} of {one['tokens']} tokens", f"{one['dense_ms']:.1f} ms",
+              f"{one['ms']:.1f} ms", f"{one['speedup']:.2f} x") for one in result.latency]
+    rows.append(("folder on disk", *(f"{size / 1e6:.1f} MB" for size in result.folder_bytes.values()), ""))
+    print_table(("time", "dense", "factorized", "speed-up"), rows,
+                title=f"The last row against dense, {counted(result.threads, 'thread')}")
+    out.print(f"\nWhat was lost: the dense model finds {result.dense_found} of {result.texts} continuations first, the last "
+              f"row {result.final_found}. The embedding table, most of the file, stays as it is.\n")
+    out.print(f"Took {result.seconds:.0f} s. Picture: {folder / job.PICTURE}", soft_wrap=True)
+    out.print(f"The last row's model, which came back from disk {'bit for bit' if result.reloaded_equal else 'CHANGED'}:\n")
     model = folder / job.MODEL
-    out.print(f"Took {result.seconds:.0f} s. Picture: {folder / job.PICTURE}. The last row's model, loaded again "
-              f"{'with the same bits' if result.reloaded_equal else 'WITH OTHER BITS'}:\n", soft_wrap=True)
     out.print(f'    import lowfat, transformers\n    model = lowfat.load("{model}")\n'
               f'    tokenizer = transformers.AutoTokenizer.from_pretrained("{model}")', soft_wrap=True)
