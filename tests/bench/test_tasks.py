@@ -37,7 +37,8 @@ def lists(tmp_path_factory):
         index.append(f"Package: p{i}\nSource: s{i // 2} (1.0)\nSection: {section}\nDescription: {synopsis}\n"
                      f"Description-md5: {digest}\n")
         words = " ".join(f"{things[(i + j) % 8]}{(i * j) % 17}" for j in range(20))
-        translation.append(f"Package: p{i}\nDescription-md5: {digest}\nDescription-en: {synopsis}\n {words}\n .\n Another {i}.\n")
+        translation.append(f"Package: p{i}\nDescription-md5: {digest}\nDescription-en: {synopsis}\n {words}\n .\n"
+                           f" Another {i}.\n")
     prefix = "deb.debian.org_debian_dists_bookworm_main_"
     architecture = _architecture()
     (folder / f"{prefix}binary-{architecture}_Packages").write_text("\n".join(index))
