@@ -190,8 +190,8 @@ def inspect(
     if plot:
         check_file(plot)
     with bar("opening") as tell:
-        opened, _ = open_model(folder_of(model))
-        original = open_model(folder_of(base))[0] if base else None
+        opened, _ = open_model(folder_of(model), reads_text=False)
+        original = open_model(folder_of(base), reads_text=False)[0] if base else None
         found = spectra(opened, base=original, layers=layers or None, on_progress=tell)
     if plot:
         draw(found, plot, title=Path(model).name)
@@ -214,9 +214,11 @@ def doctor(as_json: Json = False) -> None:
 # ------------------------------------------------------------------------------------------------ what options mean
 def folder_of(name: str) -> Path:
     """A local folder, or the copy that the hub's client keeps of a model."""
+    if Path(name).exists():
+        return Path(name)
     if name in (ENCODER, f"sentence-transformers/{ENCODER}"):
         return encoder_folder()
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         return Path(name)
     from huggingface_hub import snapshot_download
 
