@@ -197,6 +197,7 @@ def test_a_folder_without_write_permission(work, dense):
     assert "read-only" in refused("factorize", dense, "shut/out", "--method", "svd")
 
 
+@pytest.mark.timeout(300)
 def test_a_full_disk_in_a_child_process(work, dense):
     # a limit on the size of files: the kernel refuses the write as it does on a full disk
     def limit():
@@ -209,6 +210,7 @@ def test_a_full_disk_in_a_child_process(work, dense):
     assert not (work / "out").exists() and not list(work.glob(".out.tmp*"))
 
 
+@pytest.mark.timeout(300)
 def test_exit_codes_and_streams_of_a_child_process(work, dense, texts):
     # kills noise of transformers, which a test in this process would not see: its bars and reports go by the real stderr
     mistake = subprocess.run([*MAIN, "factorize", str(dense), "out", "--ratio", "2"], capture_output=True, text=True)

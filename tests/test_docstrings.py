@@ -17,6 +17,7 @@ def test_enough_pairs_and_none_twice(source, fewest):
     assert all(FEWEST_WORDS <= len(pair.rest.split()) <= MOST_WORDS for pair in pairs)
 
 
+@pytest.mark.timeout(300)  # two processes that import torch
 def test_the_order_does_not_depend_on_the_process():
     # kills an order that comes from a set or from Python's own hash; two children, as pytest itself replaces hooks of sys
     code = "from lowfat.docstrings import docstring_pairs; print(docstring_pairs('stdlib'))"

@@ -24,6 +24,7 @@ from lowfat.layers import dense_weight, factorizable, replace
 from lowfat.structures import LowRank
 from lowfat.tensor_file import read_header
 
+NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(1200))
 STAGES = ("S1", "S2", "S3", "S4", "S5", "aside", "S6", "S7", "S9")
 OS_CALLS = ("mkdir", "open", "close", "fsync", "rename", "replace", "link", "rmdir", "stat", "fstat")
 
@@ -212,7 +213,7 @@ def kill_at_random(folder: Path, write, number_of, times: int) -> None:
     assert times < 100 or 0 < done < times  # else the kills showed nothing; a few may all come early
 
 
-@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=NIGHTLY)])
 def test_killed_at_random_instants(times, tmp_path):
     folder = tmp_path / "out"
     storage.write_folder(folder, fill(1))
@@ -220,7 +221,7 @@ def test_killed_at_random_instants(times, tmp_path):
     assert_next_save_works(folder)
 
 
-@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=NIGHTLY)])
 def test_file_writer_killed_at_random_instants(times, tmp_path):
     path = tmp_path / "a.json"
     storage.write_json(path, [1] * 5000)
@@ -242,7 +243,7 @@ def small(tiny_bert):
     return tiny_bert
 
 
-@pytest.mark.parametrize("times", [15, pytest.param(300, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [15, pytest.param(300, marks=NIGHTLY)])
 def test_saving_a_model_killed_at_random_instants(small, times, tmp_path):
     """The whole road, save and save_pretrained in turn; the classifier's bias says which save a folder holds."""
     out = tmp_path / "out"
@@ -358,7 +359,7 @@ def test_every_truncation_is_found(two, tmp_path):
             storage.read_tensors(path)
 
 
-@pytest.mark.parametrize("times", [1000, pytest.param(10_000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [1000, pytest.param(10_000, marks=NIGHTLY)])
 def test_every_flipped_bit_is_found(two, times, tmp_path):
     folder = shutil.copytree(two / "1", tmp_path / "out")
     random.seed(times)
@@ -379,7 +380,7 @@ def test_swapped_files_are_found(two, tmp_path):
         assert_damaged(folder)
 
 
-@pytest.mark.parametrize("times", [3000, pytest.param(100_000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("times", [3000, pytest.param(100_000, marks=NIGHTLY)])
 def test_mutated_headers_are_refused_or_mean_what_they_say(two, times, tmp_path):
     """T-fuzz-load on the header: either FormatError, or every span lies in the file and has the size of its shape."""
     path, mutated = two / "1" / "w.safetensors", tmp_path / "w.safetensors"

@@ -34,7 +34,7 @@ def test_singular_values_energy_and_ranks(n, k):
     one, = spectra(blocks(known(n, k, [8.0, 4.0, 3.0, 1.0])))
     due = torch.zeros(min(n, k), dtype=torch.float64)
     due[:4] = torch.tensor([64.0, 16.0, 9.0, 1.0])
-    # the weight is rounded to fp32: a singular value moves by at most ||W|| 2^-24 sqrt(n k), its square by 2 sigma_1 times it
+    # the weight is rounded to fp32: a singular value moves by at most ||W|| 2^-24 sqrt(n k), its square by 2 sigma_1 of it
     bound = 2 * 8 * math.sqrt(90) * 2**-24 * math.sqrt(n * k) * 8
     assert (one.squares - due).abs().max() <= bound
     assert (one.in_features, one.out_features, one.rank, one.parameters) == (k, n, None, n * k)
