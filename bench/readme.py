@@ -20,7 +20,7 @@ def demo() -> str:
         kept = "dense" if row is dense else f"{row['ratio']:.0%}, {row['name']}"
         lines.append(f"| {kept} | {100 * row['recall_at_1']:.1f} | {100 * row['mrr']:.1f} | {row['cosine']:.2f} | "
                      f"{row['bytes'] / 1e6:.0f} MB ({row['bytes'] / dense['bytes']:.0%}) |")
-    lines += ["", "| one token through a layer | dense | factorized, one process | faster |", "|---|---|---|---|"]
+    lines += ["", "| one token through a layer, then the whole model | dense | factorized | times as fast |", "|---|---|---|---|"]
     lines += [f"| {layer['in_features']} → {layer['out_features']}, rank {layer['rank']} ({layer['path']}) | "
               f"{layer['dense_us']:.0f} µs | {layer['us']:.0f} µs | {layer['speedup']:.2f} × |" for layer in result["layers"]]
     lines += [f"| whole model, {one['texts']} × {one['tokens']} tokens | {one['dense_ms']:.0f} ms | {one['ms']:.0f} ms | "
