@@ -2,10 +2,11 @@
 
     sections   package synopsis -> one of 22 archive sections         OUT/sections/{train,validation,test}.jsonl
     pairs      synopsis, description -> does it belong?               OUT/pairs/...
-    lm         man pages, manuals and dictionaries as running text    OUT/lm/... and lm/tokenizer.json (see corpus.py)
+    lm         man pages, manuals and dictionaries as running text    OUT/lm/... and OUT/lm/tokenizer.json; needs --debs
 
 Nothing is downloaded. `sections` and `pairs` read apt's lists of bookworm/main, the part of the archive that hardly moves;
-container images leave the English descriptions out, so run `apt-get -o Acquire::Languages=en update` first. The texts are
+container images leave the English descriptions out, so run `apt-get -o Acquire::Languages=en update` first. `lm` reads nine
+packages (corpus.py): `mkdir debs && cd debs && apt-get download $(python ../bench/tasks.py --list-packages)`. The texts are
 under their packages' own licences: derive them, do not ship them. The same lists always give the same bytes, and the SHA-256
 of what came out is compared with the one that published numbers were measured on.
 """
@@ -17,15 +18,15 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+import corpus
+from archive import Missing, read_packages
 
 SPLITS = ("train", "validation", "test")
-SUITE = "bookworm"
 SALT = "v1"  # of every hash below: another salt is another split
 LARGEST_CLASS = 3000  # sections: examples a class may have
 DESCRIPTION_WORDS = 32  # pairs: words kept of a description
@@ -39,6 +40,10 @@ SHA256 = {
     "pairs/train.jsonl": "6cea4d873395a33a2b75f0c90a3fd83e876cf1cba10c67e08a533168385a6845",
     "pairs/validation.jsonl": "9b54cd9c26163289531e277bd566f492f15e198f34282a7bc1a963bbbe2601a5",
     "pairs/test.jsonl": "4ad26a9bf465ea9c959ac250acadb6f1db401cbc6d74292de786a6000fd923e1",
+    "lm/train.jsonl": "34f030f1ff736daa455a455c5bd6521c3fb20cf8f4f61051b2a721c3ae37ac98",
+    "lm/validation.jsonl": "968a6b31464ae2a0757b71c106e997cdde631eacd8d2e02b3dd22b7acda1a338",
+    "lm/test.jsonl": "3d8f17d5e20ae51db521a0e9b591bd341565b0ec22b70067b330bbbb2bebf2cf",
+    "lm/tokenizer.json": "e1335a347f5b2f18c7949643e7fb1987b9ab32f4defad7ae037f5a3924dda33e",
 }
 
 # Sections that say how a package is built or used up by apt, not what it is about (debug, oldlibs, misc...), are left out.
@@ -70,18 +75,6 @@ CLASS_OF = {section: name for name, sections in CLASSES.items() for section in s
 LABELS = sorted(CLASSES)
 
 
-class Missing(Exception):
-    """A source that is not on this machine; the text says what to run."""
-
-
-class Package(NamedTuple):
-    name: str
-    source: str
-    section: str
-    synopsis: str
-    description: str  # as it stands in the list, or empty
-
-
 # ------------------------------------------------------------------------------------------------ hashes and files
 def stable_hash(salt: str, key: str) -> int:
     """60 bits that do not change from run to run, as Python's own hash does."""
@@ -107,66 +100,11 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 
 def write_splits(folder: Path, rows: dict[str, list[dict]]) -> None:
-    """Each split in hash order, so that the first N lines of a file are a random sample of it."""
+    """Sorts each split by hash, so that the first N lines of its file are a random sample of it, and writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        write_rows(folder / f"{split}.jsonl", sorted(rows[split], key=lambda row: stable_hash(SALT + "order", row["id"])))
-
-
-# ------------------------------------------------------------------------------------------------ apt's lists
-def read_list(lists: Path, tail: str) -> str:
-    """The text of the one list of bookworm/main that ends in `tail`, plain or compressed."""
-    names = re.compile(rf".*_dists_{SUITE}_main_{tail}(\.lz4|\.gz|\.xz|\.bz2|\.zst)?")
-    found = sorted(path for path in lists.glob("*") if names.fullmatch(path.name))
-    if not found:
-        raise Missing(f"no '{tail}' list of {SUITE}/main in {lists}: run  apt-get -o Acquire::Languages=en update  as root")
-    if not names.fullmatch(found[0].name)[1]:
-        return found[0].read_text(encoding="utf-8", errors="replace")
-    unpacked = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", found[0]], check=True, stdout=subprocess.PIPE)
-    return unpacked.stdout.decode("utf-8", errors="replace")
-
-
-def stanzas(text: str) -> Iterator[dict[str, str]]:
-    """The fields of each paragraph; a continuation line keeps its newline."""
-    for block in text.split("\n\n"):
-        fields: dict[str, str] = {}
-        name = ""
-        for line in block.split("\n"):
-            if line[:1] in (" ", "\t"):
-                if name:
-                    fields[name] += "\n" + line
-            elif ":" in line:
-                name, value = line.split(":", 1)
-                fields[name] = value.strip()
-        if fields:
-            yield fields
-
-
-def architecture() -> str:
-    try:
-        return subprocess.run(["dpkg", "--print-architecture"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    except OSError:
-        return "amd64"
-
-
-def read_packages(lists: Path, *, descriptions: bool) -> list[Package]:
-    """Every package of the archive that has a synopsis, by name; long descriptions only where asked for (they take 2 s)."""
-    long_of = {}
-    if descriptions:
-        for fields in stanzas(read_list(lists, "i18n_Translation-en")):
-            if "Description-md5" in fields:
-                long_of[fields["Description-md5"]] = fields.get("Description-en", "")
-    packages: dict[str, Package] = {}
-    for fields in stanzas(read_list(lists, f"binary-{architecture()}_Packages")):
-        name, own = fields.get("Package", ""), fields.get("Description", "")
-        synopsis = own.split("\n", 1)[0].strip()
-        if not name or not synopsis or name in packages:
-            continue
-        source = fields.get("Source", name).split(" ")[0]
-        section = fields.get("Section", "").rsplit("/", 1)[-1]
-        long = long_of.get(fields.get("Description-md5", ""), own if "\n" in own else "")
-        packages[name] = Package(name, source, section, synopsis, long)
-    return [packages[name] for name in sorted(packages)]
+        rows[split].sort(key=lambda row: stable_hash(SALT + "order", row["id"]))
+        write_rows(folder / f"{split}.jsonl", rows[split])
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -257,6 +195,18 @@ def make_pairs(out: Path, lists: Path) -> None:
     (out / "pairs" / "labels.json").write_text(json.dumps(["no match", "match"]) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------ lm
+def make_lm(out: Path, debs: Path | None) -> None:
+    if debs is None:
+        raise Missing("lm needs --debs FOLDER with the packages of --list-packages")
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    for row in corpus.rows(debs, stable_hash):
+        percent = stable_hash(SALT + "lm", row["id"]) % 100
+        rows["train" if percent < 96 else "validation" if percent < 98 else "test"].append(row)
+    write_splits(out / "lm", rows)
+    corpus.train_tokenizer(out / "lm" / "tokenizer.json", (row["text"] for row in rows["train"]))
+
+
 # ------------------------------------------------------------------------------------------------ command line
 def differing(out: Path, task: str) -> dict[str, str]:
     """{file: what was found} for the files of a task that are not the ones of the published numbers."""
@@ -273,6 +223,8 @@ def derive(out: Path, task: str, *, lists: Path, debs: Path | None = None) -> di
         make_sections(out, lists)
     elif task == "pairs":
         make_pairs(out, lists)
+    else:
+        make_lm(out, debs)
     return differing(out, task)
 
 
@@ -281,11 +233,19 @@ def main() -> int:
     parser.add_argument("out", type=Path, nargs="?", default=Path(__file__).parent / "data")
     parser.add_argument("--tasks", default="sections,pairs")
     parser.add_argument("--apt-lists", type=Path, default=Path("/var/lib/apt/lists"))
+    parser.add_argument("--debs", type=Path, help="folder with the .deb files that lm reads")
+    parser.add_argument("--list-packages", action="store_true", help="print them, as apt-get download takes them, and stop")
     options = parser.parse_args()
-    status = 0
-    for task in options.tasks.split(","):
+    if options.list_packages:
+        print(corpus.packages_to_download())
+        return 0
+    status, wanted = 0, options.tasks.split(",")
+    for task in wanted:
+        if task not in ("sections", "pairs", "lm"):
+            parser.error(f"unknown task {task!r}; there are sections, pairs, lm")
+    for task in wanted:
         try:
-            different = derive(options.out, task, lists=options.apt_lists)
+            different = derive(options.out, task, lists=options.apt_lists, debs=options.debs)
         except Missing as missing:
             print(f"tasks: {missing}", file=sys.stderr)
             return 2

@@ -1,6 +1,6 @@
 """bench/tasks.py on a made-up archive of a few hundred packages, and its rules: splits by source, no text on both sides."""
 import hashlib
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -17,11 +17,9 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def tasks():
-    spec = importlib.util.spec_from_file_location("tasks", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tasks"] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        return importlib.import_module("tasks")
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +91,37 @@ def test_differences_are_told_and_a_missing_list_ends_with_one_line(lists, tmp_p
     missing = subprocess.run([*run, str(tmp_path)], capture_output=True, text=True)
     assert missing.returncode == 2
     assert missing.stderr.count("\n") == 1 and "apt-get -o Acquire::Languages=en update" in missing.stderr
+
+
+def test_a_man_page_becomes_running_text(tasks):
+    page = br"""'\" t
+.TH FIND 3 2020
+.SH NAME
+find \- look for a \fIthing\fR
+.PP
+The
+.BR find (3)
+function takes \(dqone\(dq argument,
+.I or "two"
+.\" nobody reads this
+.TS
+left out
+.TE
+.nf
+  int  find(void);
+.fi
+.TP
+.B \-x
+Exit.
+"""
+    assert tasks.corpus.manpage.text_of(page) == (
+        'FIND(3)\n\nNAME\nfind - look for a thing\n\nThe find(3) function takes "one" argument, or two\n\n'
+        '  int  find(void);\n\n-x Exit.\n')
+    assert tasks.corpus.manpage.text_of(b".so man3/find.3\n") == ""
+
+
+def test_a_missing_package_of_lm_is_named(tasks, tmp_path):
+    with pytest.raises(tasks.Missing, match=r"lm needs one .deb each of manpages, .*apt-get download manpages/bookworm"):
+        tasks.derive(tmp_path / "out", "lm", lists=tmp_path, debs=tmp_path)
+    with pytest.raises(tasks.Missing, match="lm needs --debs FOLDER"):
+        tasks.derive(tmp_path / "out", "lm", lists=tmp_path)
