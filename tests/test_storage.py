@@ -299,7 +299,9 @@ def test_manifest_notices_every_change(tmp_path):
             (lambda m: m["tensors"]["w.safetensors"]["x"].update(shape=[2, 3]), IntegrityError, "its own digest"),
             (lambda m: m["facts"].update(base="y"), IntegrityError, "its own digest"),
             (lambda m: m.pop("digest"), IntegrityError, "its own digest"),
-            (lambda m: m.update(format=2), CompatibilityError, "format 2, this lowfat reads up to 1"),
+            (lambda m: m.update(format=5), IntegrityError, "its own digest"),  # the 1 with one bit flipped
+            (lambda m: m.update(format=2, digest=manifest._own_digest({**m, "format": 2})), CompatibilityError,
+             "format 2, this lowfat reads up to 1"),
             (lambda m: m.pop("format"), FormatError, "no format number")):
         content = parse(dumps(good).encode(), "copy")
         change(content)
@@ -326,7 +328,7 @@ def test_damage_names_the_tensor(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ('{"a": 1, "a": 2}', "key 'a' appears twice"), ('{"a": NaN}', "not a finite number"), ("1e999", "not a finite number"),
     ("[" * 100_000, "not JSON"), ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), f"deeper than {MAX_DEPTH}"),
-    ("9" * 10_000, "not JSON"), ("{", "not JSON"), ("", "not JSON")])
+    ("9" * 10_000, "not JSON"), ("{", "not JSON"), ("", "not JSON"), ("[-0]", "-0 is no whole number")])
 def test_json_of_strangers_is_read_strictly(text, words):
     with pytest.raises(FormatError, match=f"config.json: .*{words}"):
         parse(text.encode(), "config.json")

@@ -38,10 +38,10 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     manifest = read_json(Path(folder) / NAME, MAX_BYTES)
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         raise FormatError(f"{NAME}: has no format number")
+    if manifest.get("digest") != _own_digest(manifest):  # first, and the same in every format: one bit makes format 1 a 5
+        raise IntegrityError(f"{NAME}: does not match its own digest; it was changed after it was written")
     if manifest["format"] > FORMAT:
         raise CompatibilityError(f"{NAME}: has format {manifest['format']}, this lowfat reads up to {FORMAT}; upgrade it")
-    if manifest.get("digest") != _own_digest(manifest):
-        raise IntegrityError(f"{NAME}: does not match its own digest; it was changed after it was written")
     if set(manifest) != {"format", "files", "tensors", "facts", "digest"}:
         raise FormatError(f"{NAME}: has the keys {', '.join(sorted(manifest))}")
     for field in ("files", "tensors", "facts"):

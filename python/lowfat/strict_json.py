@@ -39,8 +39,14 @@ def parse(data: bytes, source: str):
             raise FormatError(f"{source}: {text} is not a finite number")
         return number
 
+    def whole(text):
+        if text == "-0":  # an integer here, a float to the readers of other languages
+            raise FormatError(f"{source}: -0 is no whole number")
+        return int(text)
+
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite,
+                           parse_int=whole)
     except FormatError:
         raise
     except (RecursionError, ValueError) as error:  # not UTF-8, not JSON, nested beyond Python's stack, thousands of digits

@@ -62,10 +62,14 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
 
 def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, its header checked first; FormatError for anything else."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     read_header(path)
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # it is stricter in a point that is not known here
+        raise FormatError(f"{Path(path).name}: {error}") from error
 
 
 def _span(entry, file: str, name: str, limit: int) -> dict:
