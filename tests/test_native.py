@@ -31,6 +31,13 @@ def test_the_kernels_listed_are_the_kernels_registered():
 
 
 @needs_library
+def test_kernels_are_listed_by_plain_names():
+    """A name is for programs, alike on every device; what there is to say about it, doctor says."""
+    names = {name for devices in lowfat.kernels().values() for compiled in devices.values() for name in compiled}
+    assert names <= {*_native.CPU_LEVELS, *lowfat.build_info()["cuda_archs"]}
+
+
+@needs_library
 def test_build_info():
     info = lowfat.build_info()
     assert {"version", "torch", "torch_minimum", "python", "compiler", "cuda", "cuda_archs", "sanitize"} == info.keys()

@@ -50,13 +50,7 @@ Described describe(const Problem& p) {
   return all;
 }
 
-std::vector<std::string> cuda_archs() {
-  std::vector<std::string> archs = compiled_cuda_archs();
-  for (std::string& arch : archs) arch += " (not run on a GPU yet)";
-  return archs;
-}
-
-const RegisterOp registered({"low_rank", compiled_cpu_levels(), cuda_archs(), &describe});
+const RegisterOp registered({"low_rank", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
 
 }  // namespace
 
