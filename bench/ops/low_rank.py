@@ -75,18 +75,28 @@ def measure(pool: Pool, k: int, n: int, r: int, m: int, seconds: float) -> dict:
             "failed_gates": gates}
 
 
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
 def summary(rows: list[dict]) -> dict:
-    """The promises of this bench, each with what was found."""
+    """The targets of this bench, each with what was found; and what a kernel would reach that did nothing but read."""
     found = {}
     for dtype, target in TARGETS.items():
         mine = [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
-        mean = math.exp(sum(math.log(row["faster"]) for row in mine) / len(mine)) if mine else math.nan
-        found[f"{dtype}: times faster than two F.linear, geometric mean at m = 1, 4, 8"] = (mean, target)
+        found[f"{dtype}: times faster than two F.linear, geometric mean at m = 1, 4, 8"] = {
+            "found": geometric_mean([row["faster"] for row in mine]), "at_least": target,
+            "pure_read": geometric_mean([row["pair_us"] / row["read_us"] for row in mine])}
     large = [row["of_read"] for row in rows if row["m"] == 1 and row["k"] == 4096]
-    found["share of a pure read's bandwidth at m = 1, k = 4096, least"] = (min(large, default=math.nan), 0.75)
+    found["share of a pure read's bandwidth at m = 1, k = 4096, least"] = {"found": min(large, default=math.nan), "at_least": 0.75}
     slow = [row["faster"] for row in rows if row["pair_us"] > 20]
-    found["times two F.linear where those take over 20 us, least"] = (min(slow, default=math.nan), 0.97)
-    return {name: {"found": value, "at_least": target, "met": value >= target} for name, (value, target) in found.items()}
+    found["times two F.linear where those take over 20 us, least"] = {"found": min(slow, default=math.nan), "at_least": 0.97}
+    return {name: one | {"met": one["found"] >= one["at_least"]} for name, one in found.items()}
+
+
+def verdict(one: dict) -> str:
+    words = "met" if one["met"] else "MISSED"
+    return words + (f"; a pure read of the factors {one['pure_read']:.2f}" if "pure_read" in one else "")
 
 
 def report(result: dict) -> str:
@@ -100,8 +110,8 @@ def report(result: dict) -> str:
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
         if rows:
             text += [f"## {dtype}", "", markdown(COLUMNS, [in_words(row) for row in rows])]
-    text += ["## Promises", ""]
-    text += [f"* {name}: **{one['found']:.2f}** (at least {one['at_least']}: {'met' if one['met'] else 'MISSED'})"
+    text += ["## Targets", ""]
+    text += [f"* {name}: **{one['found']:.2f}** (at least {one['at_least']}: {verdict(one)})"
              for name, one in result["summary"].items()]
     return "\n".join(text) + "\n"
 
@@ -138,7 +148,7 @@ def main() -> int:
                 print(dtype, *(f"{key}={shown[key]}" for key in COLUMNS), flush=True)
     result["summary"] = summary(result["rows"])
     text = report(result)
-    print("\n" + text[text.index("## Promises"):])
+    print("\n" + text[text.index("## Targets"):])
     if options.out:
         options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         options.out.with_suffix(".md").write_text(text)
