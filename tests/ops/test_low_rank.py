@@ -250,8 +250,15 @@ def test_same_bits_from_many_threads():
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
-def test_more_elements_than_an_int32_counts():
-    """T-big: y has more than 2^31 elements."""
-    x, v, u, bias = (t.to(torch.bfloat16) for t in gates.whole_inputs(33000, 2, 1, 65537, torch.float32))
+@pytest.mark.parametrize("m, k, n", [(33_000, 2, 65_537), (16, 2, 2**27 + 1), (16, 2**27 + 1, 2)],
+                         ids=["y of many rows", "y of the decode kernel", "x of the decode kernel"])
+def test_more_elements_than_an_int32_counts(m, k, n):
+    """T-big: x or y has more than 2^31 elements. Whole numbers that stay exact in bf16: one product per sum is not zero."""
+    x, v, u = torch.zeros(m, k, dtype=torch.bfloat16), torch.zeros(1, k, dtype=torch.bfloat16), torch.ones(n, 1).bfloat16()
+    x[:, -1], v[:, -1] = torch.arange(m) % 5, 2
+    u[-1] = -3
+    bias = (torch.arange(n) % 7).bfloat16()
     y = low_rank(x, v, u, bias)
-    assert y.numel() > 2**31 and torch.equal(y[-3:], framework(x[-3:], v, u, bias))
+    assert max(x.numel(), y.numel()) > 2**31
+    for row in (0, m // 2, m - 1):
+        assert torch.equal(y[row], 2 * (row % 5) * u[:, 0] + bias)
