@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from lowfat import _native, doctor
+from lowfat import _native, doctor, show
 
 H200 = {"name": "NVIDIA H200", "driver": "580.65.06", "arch": "9.0", "memory": "143771 MiB"}
 HEALTHY = {
@@ -72,6 +72,37 @@ def test_nothing_to_say_about_a_healthy_machine():
 def test_each_problem_is_named_with_what_to_do(changes, said):
     (advice,) = [line for line in doctor.advice(facts(**changes)) if UNTRIED not in line]
     assert all(part in advice for part in said), advice
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({}, ["CPU runs lowfat's avx512_bf16 kernels", "CUDA kernels are compiled", "cannot be used here because",
+          "2.13.0+cpu, is built without CUDA", "pytorch.org", "never run on a GPU"]),
+    ({"cuda": {"built": "13.0"}}, ["torch sees no GPU", "an NVIDIA GPU and its driver"]),
+    ({"build": {"cuda": "", "cuda_archs": []}}, ["CPU runs lowfat's avx512_bf16 kernels."]),
+    (WITH_GPU, ["NVIDIA H200 the CUDA kernels", "never run on a GPU"]),
+    ({"cuda": {"built": "13.0", "devices": [{"name": "T4", "arch": 75, "memory": 1}]}}, ["on T4 every op runs its plain"]),
+    ({"library": None, "why_not": "LOWFAT_DISABLE_KERNELS=1"}, ["Every op runs its plain torch reference"]),
+])
+def test_one_sentence_says_what_runs_and_what_cannot(changes, said):
+    summary = doctor.summary(facts(**{"versions": {"torch": "2.13.0+cpu"}} | changes))
+    assert summary.endswith(".") and summary.count(". ") == 0
+    assert all(part in summary for part in said), summary
+
+
+def test_a_compiled_library_needs_no_second_installation_for_another_torch():
+    # one library serves every torch from 2.11 on: only where it has no CUDA kernels is there something to build
+    assert "lowfat again" not in doctor.advice(facts(gpus=[H200]))[0]
+    assert "lowfat again" in doctor.advice(facts(gpus=[H200], build={"cuda": "", "cuda_archs": []}))[0]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_no_word_is_cut(monkeypatch, capsys, width):
+    known = facts(library="/home/a-long-name/" + "some-environment/" * 5 + "liblowfat_ops.so", why_not=None)
+    monkeypatch.setenv("COLUMNS", str(width))
+    show.show_doctor(known, doctor.summary(known), ["a piece of advice about " + known["library"] + " and more words"])
+    shown = capsys.readouterr().out
+    assert set(doctor.summary(known).split()) | {known["library"]} <= set(shown.split())
+    assert all(len(line) <= width or len(line.split()) <= 2 for line in shown.splitlines())
 
 
 @pytest.mark.parametrize("archs, device, runs", [

@@ -208,7 +208,8 @@ def doctor(as_json: Json = False) -> None:
     from . import doctor as job
 
     known = job.facts()
-    print_json(known | {"advice": job.advice(known)}) if as_json else show_doctor(known, job.advice(known))
+    found = {"summary": job.summary(known), "advice": job.advice(known)}
+    print_json(known | found) if as_json else show_doctor(known, **found)
 
 
 # ------------------------------------------------------------------------------------------------ what options mean

@@ -90,6 +90,29 @@ def cuda() -> dict:
     return found
 
 
+def summary(known: dict) -> str:
+    """One sentence: what runs here, what is compiled and cannot be used, why, and what would change that."""
+    if not known["library"]:
+        return "Every op runs its plain torch reference here: correct, and slower than the kernels."
+    sentence = f"The CPU runs lowfat's {known['cpu']['level']} kernels"
+    devices, built = known["cuda"]["devices"], known["cuda"]["built"]
+    archs = known["build"]["cuda_archs"]
+    able = [device["name"] for device in devices if runs_on(archs, device["arch"])]
+    if able:
+        return f"{sentence}, {', '.join(able)} the CUDA kernels, which have never run on a GPU before."
+    if devices:
+        return f"{sentence}; on {', '.join(device['name'] for device in devices)} every op runs its plain torch reference."
+    if not archs:
+        return f"{sentence}."
+    if built:
+        why, change = "torch sees no GPU", "a machine with an NVIDIA GPU and its driver"
+    else:
+        why = f"this torch, {known['versions']['torch']}, is built without CUDA"
+        change = "a CUDA build of torch (https://pytorch.org/get-started) and an NVIDIA GPU; lowfat itself stays as it is"
+    return (f"{sentence}; the CUDA kernels are compiled, have never run on a GPU, and cannot be used here because {why}: to use "
+            f"them you need {change}.")
+
+
 def advice(known: dict) -> list[str]:
     """What to do about what is wrong in these facts, one sentence or two for each problem; empty when nothing is."""
     return [*_library(known), *_versions(known), *_cpu(known), *_gpu(known)]
@@ -130,8 +153,9 @@ def _gpu(known):
     if torch_cuda["fault"]:
         yield f"the device reported an error earlier ({torch_cuda['fault']}): restart the process"
     if seen and not torch_cuda["built"]:
+        again = "" if build and build["cuda"] else ", then lowfat again with nvcc on PATH"
         yield (f"{seen[0]['name']} is here, and this torch has no CUDA: install a CUDA build of torch "
-               "(https://pytorch.org/get-started), then lowfat again")
+               f"(https://pytorch.org/get-started){again}")
         return
     if seen and not torch_cuda["devices"] and not torch_cuda["fault"]:
         yield _why_hidden(known, seen[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,29 +124,33 @@ def show_spectra(found: list, left_out: dict[str, str], model, plot: Path | None
               f"{millions(total)} in the whole model{f'; picture: {plot}' if plot else ''}", soft_wrap=True)
 
 
-def show_doctor(known: dict, advice: list[str]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in known["versions"].items()))
-    table.add_row("library", known["library"] or f"none: {known['why_not']}")
+def show_doctor(known: dict, summary: str, advice: list[str]) -> None:
+    build, cpu, cuda = known["build"], known["cpu"], known["cuda"]
+    rows = [("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in known["versions"].items())),
+            ("library", known["library"] or f"none: {known['why_not']}")]
     for op, devices in known["kernels"].items():
-        for device, levels in devices.items():
-            table.add_row(f"{op}, {device}", ", ".join(levels) or "none: its plain torch reference runs")
-    if known["build"]:
-        table.add_row("build", ", ".join(f"{name} {value}" for name, value in known["build"].items() if value))
-    cpu = known["cpu"]
-    table.add_row("processor", f"{cpu['name']}, {cpu['threads']} threads, kernels at {cpu['level'] or 'no level'}")
-    for gpu in known["gpus"] or []:
-        table.add_row("GPU", ", ".join(f"{name} {value}" for name, value in gpu.items()))
-    cuda = known["cuda"]
-    table.add_row("CUDA", f"torch built with {cuda['built'] or 'none'}, {len(cuda['devices'])} usable devices")
-    for name, value in known["environment"].items():
-        table.add_row(name, value)
-    out.print(table)
-    for line in advice:
-        out.print(f"- {line}")
-    out.print("" if advice else "No problem found.")
+        rows += [(f"{op}, {device}", ", ".join(names) or "none: its plain torch reference runs")
+                 for device, names in devices.items()]
+    if build:
+        rows.append(("build", ", ".join(f"{name} {value}" for name, value in build.items() if isinstance(value, str) and value)))
+    rows.append(("processor", f"{cpu['name']}, {counted(cpu['threads'], 'thread')}, kernels at {cpu['level'] or 'no level'}"))
+    rows += [("GPU", ", ".join(f"{name} {value}" for name, value in gpu.items())) for gpu in known["gpus"] or []]
+    rows.append(("CUDA", f"torch is built with CUDA {cuda['built']} and can use {counted(len(cuda['devices']), 'GPU')}"
+                 if cuda["built"] else "torch is built without CUDA"))
+    rows += known["environment"].items()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print_wrapped(f"{name:{width}}  ", value)
+    print()
+    print_wrapped("", summary)
+    for line in advice or ["No problem found."]:
+        print_wrapped("- " if advice else "", line)
+
+
+def print_wrapped(first: str, text: str) -> None:
+    """Wraps between words, further lines indented like the first; a path longer than a line stays whole, to be copied."""
+    print(textwrap.fill(first + text, out.width, subsequent_indent=" " * len(first), break_long_words=False,
+                        break_on_hyphens=False))
 
 
 def show_demo(result, folder: Path, job) -> None:
