@@ -5,7 +5,7 @@ from lowfat import errors
 
 BUILTINS = {
     "ArgumentError": (ValueError,), "ShapeError": (ValueError,), "DtypeError": (TypeError,), "DeviceError": (RuntimeError,),
-    "IndexRangeError": (IndexError,), "NumericsError": (ArithmeticError,), "UnsupportedError": (NotImplementedError,),
+    "NumericsError": (ArithmeticError,), "UnsupportedError": (NotImplementedError,),
     "FormatError": (ValueError,), "IntegrityError": (ValueError,), "CompatibilityError": (RuntimeError, ImportError),
     "StorageError": (OSError,),
 }

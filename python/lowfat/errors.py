@@ -23,10 +23,6 @@ class DeviceError(LowfatError, RuntimeError):
     """Tensors on different devices, or a device without what the call needs."""
 
 
-class IndexRangeError(LowfatError, IndexError):
-    """An index tensor that points outside of what it indexes."""
-
-
 class NumericsError(LowfatError, ArithmeticError):
     """NaN or infinity where it is refused, or a solver that failed."""
 

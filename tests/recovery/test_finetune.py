@@ -15,7 +15,7 @@ from lowfat.data import batches
 from lowfat.errors import ArgumentError, DeviceError, NumericsError
 from lowfat.evaluate import embed, evaluate
 from lowfat.progress import tensors_digest
-from lowfat.recovery import STRATEGIES, finetune
+from lowfat.recovery import finetune
 from lowfat.recovery.objective import Objective
 from tiny_text import classifier, rows, tokenizer
 
@@ -279,10 +279,6 @@ def test_training_never_calls_the_pickling_half_of_the_trainer(tmp_path, monkeyp
     monkeypatch.setattr(torch, "save", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     train(classifier(), out=tmp_path / "out", save_every=1)
-
-
-def test_the_table_of_strategies():
-    assert STRATEGIES == {"finetune": finetune}
 
 
 @pytest.mark.gpu

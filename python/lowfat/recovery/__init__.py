@@ -1,4 +1,2 @@
 """Training that wins quality back: one file per strategy."""
 from .finetune import finetune
-
-STRATEGIES = {"finetune": finetune}
