@@ -15,7 +15,9 @@ from torch import nn
 from lowfat import checkpoint, storage
 from lowfat.errors import ArgumentError, IntegrityError, UnsupportedError
 from lowfat.layers import dense_weight, factorizable, replace
+from lowfat.strict_json import read_json
 from lowfat.structures import LowRank, LowRankGroup
+from lowfat.tensor_file import read_tensors
 from lowfat.validate import INDEX, WEIGHTS
 
 MODELS = ("tiny_bert", "tiny_bert_base", "tiny_llama", "tiny_llama_tied", "tiny_gpt2")
@@ -86,7 +88,6 @@ def test_load_gives_the_same_model(model, tmp_path):
 
 
 @NEW_PROCESS
-@NEW_PROCESS
 def test_load_is_the_first_to_need_transformers(tiny_bert, tmp_path):
     # `import lowfat; lowfat.load(folder)`, and nothing else: then the quantizer's own import is what is waited for
     checkpoint.save(shrink(tiny_bert), tmp_path / "out")
@@ -128,7 +129,7 @@ def test_export_dense_opens_without_lowfat(request, tmp_path):
             "assert 'lowfat' not in sys.modules")
     run(code, *(item for name, model in models.items() for item in (tmp_path / name, type(model).__name__)))
     for kind, model in models.items():
-        state = storage.read_tensors(tmp_path / kind / "state")
+        state = read_tensors(tmp_path / kind / "state")
         for name, layer in model.named_modules():
             if isinstance(layer, LowRank):
                 due = layer.dense().T if kind == "tiny_gpt2" else layer.dense()
@@ -149,7 +150,7 @@ def test_dense_config_is_back_after_export(name, request, tmp_path):
 def test_config_gains_one_section(tiny_bert, tmp_path):
     tiny_bert.save_pretrained(tmp_path / "dense")
     checkpoint.save(shrink(tiny_bert), tmp_path / "out")
-    before, after = (storage.read_json(tmp_path / name / "config.json") for name in ("dense", "out"))
+    before, after = (read_json(tmp_path / name / "config.json") for name in ("dense", "out"))
     section = after.pop("quantization_config")
     assert before == after
     assert section["modules"]["bert.encoder.layer.0.attention.self.query"] == {
@@ -212,7 +213,7 @@ def test_shards_have_our_names(model, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert INDEX in names and sum(name.startswith("lowfat-0000") for name in names) > 1
     assert not any(name.startswith("model") for name in names)
-    index = storage.read_json(tmp_path / "out" / INDEX)
+    index = read_json(tmp_path / "out" / INDEX)
     assert set(index["weight_map"].values()) == {name for name in names if "-of-" in name}
     assert_same(model, checkpoint.load(tmp_path / "out"))
     assert_same(model, type(model).from_pretrained(tmp_path / "out"))
@@ -225,7 +226,7 @@ def test_stacked_experts_keep_their_names(tmp_path):
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         num_local_experts=3, intermediate_size=16)).eval())
     checkpoint.save(model, tmp_path / "out")
-    assert set(storage.read_tensors(tmp_path / "out" / WEIGHTS)) == set(model.state_dict())
+    assert set(read_tensors(tmp_path / "out" / WEIGHTS)) == set(model.state_dict())
     for loaded in (checkpoint.load(tmp_path / "out"), MixtralForCausalLM.from_pretrained(tmp_path / "out")):
         assert_same(model, loaded)
 
@@ -235,7 +236,7 @@ def test_tied_weights_stay_tied_and_untied_ones_do_not(tiny_llama, tiny_llama_ti
         checkpoint.save(model, tmp_path / str(tied))
         loaded = checkpoint.load(tmp_path / str(tied))
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-        assert ("lm_head.weight" in storage.read_tensors(tmp_path / str(tied) / WEIGHTS)) != tied
+        assert ("lm_head.weight" in read_tensors(tmp_path / str(tied) / WEIGHTS)) != tied
 
 
 def test_shared_layer_stays_shared(tiny_bert, tmp_path):
@@ -382,7 +383,7 @@ def test_dense_models_are_saved_as_ever(tiny_bert, tmp_path):
     dense.config = tiny_bert.config
     dense.save_pretrained(tmp_path / "dense")
     assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == ["config.json", "model.safetensors"]
-    assert "quantization_config" not in storage.read_json(tmp_path / "dense" / "config.json")
+    assert "quantization_config" not in read_json(tmp_path / "dense" / "config.json")
     assert_same(dense, BertForSequenceClassification.from_pretrained(tmp_path / "dense"))
 
 

@@ -21,8 +21,9 @@ import transformers.models.bert.modeling_bert  # noqa: F401  while tests are col
 from lowfat import checkpoint, manifest, storage
 from lowfat.errors import FormatError, IntegrityError, LowfatError, StorageError
 from lowfat.layers import dense_weight, factorizable, replace
+from lowfat.strict_json import read_json
 from lowfat.structures import LowRank
-from lowfat.tensor_file import read_header
+from lowfat.tensor_file import read_header, read_tensors
 
 NIGHTLY = (pytest.mark.nightly, pytest.mark.timeout(1200))
 STAGES = ("S1", "S2", "S3", "S4", "S5", "aside", "S6", "S7", "S9")
@@ -50,9 +51,9 @@ def fill(number: int):
 def number_of(folder: Path) -> int:
     """Which save a folder holds; fails unless it is one save as a whole."""
     storage.verify(folder)
-    number = storage.read_json(folder / "a.json")["number"]
+    number = read_json(folder / "a.json")["number"]
     assert (folder / "b.data").read_bytes() == bytes([number]) * 100_000
-    assert storage.read_tensors(folder / "w.safetensors")["x"].eq(number).all()
+    assert read_tensors(folder / "w.safetensors")["x"].eq(number).all()
     return number
 
 
@@ -142,11 +143,11 @@ def test_every_failing_call_leaves_a_file_whole(tmp_path, monkeypatch):
                 storage.write_json(tmp_path / "a.json", {"number": k + 1})
             except OSError:
                 pass
-        assert storage.read_json(tmp_path / "a.json")["number"] in (1, *range(2, k + 2))
+        assert read_json(tmp_path / "a.json")["number"] in (1, *range(2, k + 2))
         assert os.listdir(tmp_path) == ["a.json"]
         if failing.count < k:
             break
-    assert k > 5 and storage.read_json(tmp_path / "a.json") == {"number": k + 1}
+    assert k > 5 and read_json(tmp_path / "a.json") == {"number": k + 1}
 
 
 def stop_at(name: str, act) -> None:
@@ -227,7 +228,7 @@ def test_file_writer_killed_at_random_instants(times, tmp_path):
     storage.write_json(path, [1] * 5000)
 
     def number_in(path):
-        value = storage.read_json(path)
+        value = read_json(path)
         assert value == [value[0]] * 5000
         return value[0]
 
@@ -356,7 +357,7 @@ def test_every_truncation_is_found(two, tmp_path):
         path.write_bytes(good[:length])
         assert_damaged(folder)
         with pytest.raises(FormatError):  # the file alone, where no manifest says how long it was
-            storage.read_tensors(path)
+            read_tensors(path)
 
 
 @pytest.mark.parametrize("times", [1000, pytest.param(10_000, marks=NIGHTLY)])
@@ -400,7 +401,7 @@ def test_mutated_headers_are_refused_or_mean_what_they_say(two, times, tmp_path)
             assert "w.safetensors" in str(error)
             continue
         try:
-            tensors = storage.read_tensors(mutated)
+            tensors = read_tensors(mutated)
         except FormatError:
             continue
         accepted += 1

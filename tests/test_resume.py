@@ -19,6 +19,8 @@ import torch
 from lowfat import job, storage
 from lowfat.errors import ArgumentError, IntegrityError
 from lowfat.recovery import finetune
+from lowfat.strict_json import read_json
+from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
 
 
@@ -282,7 +284,7 @@ def test_every_random_generator_is_restored(tmp_path):
         return [random.random(), random.gauss(0, 1), numpy.random.normal(), numpy.random.rand(), torch.rand(3).tolist()]
 
     expected = draws()
-    restore_rng(storage.read_tensors(tmp_path / "rng.safetensors"), storage.read_json(tmp_path / "rng.json"))
+    restore_rng(read_tensors(tmp_path / "rng.safetensors"), read_json(tmp_path / "rng.json"))
     assert draws() == expected
 
 

@@ -10,7 +10,9 @@ import torch
 
 from lowfat import manifest, storage
 from lowfat.errors import ArgumentError, CompatibilityError, FormatError, IntegrityError, StorageError
-from lowfat.strict_json import MAX_DEPTH, dumps, parse
+from lowfat.manifest import read_manifest
+from lowfat.strict_json import MAX_DEPTH, dumps, parse, read_json
+from lowfat.tensor_file import read_tensors
 
 
 def filler(number: int):
@@ -26,8 +28,8 @@ def filler(number: int):
 def number_of(folder: Path) -> int:
     """Which save a folder holds; fails unless every file is of that save."""
     storage.verify(folder)
-    number = storage.read_json(folder / "a.json")["number"]
-    assert storage.read_tensors(folder / "w.safetensors")["x"].eq(number).all()
+    number = read_json(folder / "a.json")["number"]
+    assert read_tensors(folder / "w.safetensors")["x"].eq(number).all()
     assert (folder / "sub" / "note.txt").read_text() == str(number)
     return number
 
@@ -101,7 +103,7 @@ def test_kept_files_move_over_and_stay_out_of_the_manifest(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "before"
     assert (tmp_path / "out" / "checkpoint-1" / "state").read_text() == "before"
     assert not (tmp_path / "out" / "old.safetensors").exists()
-    assert set(storage.read_manifest(tmp_path / "out")["files"]) == {"a.json", "w.safetensors", "sub/note.txt"}
+    assert set(read_manifest(tmp_path / "out")["files"]) == {"a.json", "w.safetensors", "sub/note.txt"}
 
 
 def test_link_to_a_folder_is_followed(tmp_path):
@@ -148,7 +150,7 @@ def test_column_major_tensors_are_stored_row_major(tmp_path):
     factor = torch.linalg.svd(torch.randn(5, 4), full_matrices=False)[0]  # strided, as factors come
     assert not factor.is_contiguous()
     storage.write_tensors(tmp_path / "w.safetensors", {"u": factor})
-    assert torch.equal(storage.read_tensors(tmp_path / "w.safetensors")["u"], factor)
+    assert torch.equal(read_tensors(tmp_path / "w.safetensors")["u"], factor)
 
 
 def test_single_files_change_as_a_whole(tmp_path):
@@ -157,7 +159,7 @@ def test_single_files_change_as_a_whole(tmp_path):
         storage.write_json(tmp_path / "a.json", {"number": object()})
     with pytest.raises(ValueError):
         storage.write_json(tmp_path / "a.json", {"number": float("nan")})
-    assert storage.read_json(tmp_path / "a.json") == {"number": 1}
+    assert read_json(tmp_path / "a.json") == {"number": 1}
     assert os.listdir(tmp_path) == ["a.json"]
     with pytest.raises(ArgumentError, match="does not exist"):
         storage.write_json(tmp_path / "no" / "a.json", {})
@@ -293,7 +295,7 @@ def test_lock_on_a_folder_that_lost_its_name_does_not_count(tmp_path, monkeypatc
 def test_manifest_notices_every_change(tmp_path):
     storage.write_folder(tmp_path / "out", filler(1))
     path = tmp_path / "out" / manifest.NAME
-    good = storage.read_json(path)
+    good = read_json(path)
     for change, error, words in (
             (lambda m: m["files"]["a.json"].update(bytes=1), IntegrityError, "its own digest"),
             (lambda m: m["tensors"]["w.safetensors"]["x"].update(shape=[2, 3]), IntegrityError, "its own digest"),
@@ -338,9 +340,9 @@ def test_json_files_are_bounded(tmp_path):
     assert parse(("[" * MAX_DEPTH + "]" * MAX_DEPTH).encode(), "x")
     (tmp_path / "big.json").write_text('"' + "x" * (1 << 20) + '"')
     with pytest.raises(FormatError, match="big.json: larger than 1048576 bytes"):
-        storage.read_json(tmp_path / "big.json")
+        read_json(tmp_path / "big.json")
     with pytest.raises(FormatError, match="not UTF-8|not JSON"):
         parse(b'"\xff"', "x")
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(FormatError, match="pipe.json: not a regular file"):  # and does not wait for a writer
-        storage.read_json(tmp_path / "pipe.json")
+        read_json(tmp_path / "pipe.json")

@@ -17,7 +17,9 @@ from .manifest import digest
 from .mapped import MappedFiles
 from .methods import METHODS, check_arguments
 from .progress import opened, tensors_digest
+from .strict_json import read_json
 from .structures import STRUCTURES, Structure
+from .tensor_file import read_tensors
 
 _BLOCK = 1 << 22  # elements of the weight whose residual is computed at a time: 16 MiB in fp32
 
@@ -251,7 +253,7 @@ def _write_layer(path: Path, layer: Structure | None, report: LayerReport) -> No
 
 
 def _read_layer(path: Path, device: torch.device) -> tuple[Structure | None, LayerReport]:
-    stored, tensors = storage.read_json(path), path.with_suffix(".safetensors")
+    stored, tensors = read_json(path), path.with_suffix(".safetensors")
     report = LayerReport(**stored["report"])
     if report.structure is None:
         return None, report
@@ -260,6 +262,6 @@ def _read_layer(path: Path, device: torch.device) -> tuple[Structure | None, Lay
     with torch.device("meta"):
         layer = STRUCTURES[report.structure](**report.shape)
     # to the device, or a copy: not a view of the file, which is removed later
-    factors = {name: tensor.to(device, copy=True) for name, tensor in storage.read_tensors(tensors).items()}
+    factors = {name: tensor.to(device, copy=True) for name, tensor in read_tensors(tensors).items()}
     layer.load_state_dict(factors, assign=True)
     return layer, report

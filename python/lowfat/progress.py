@@ -14,6 +14,8 @@ import torch
 
 from . import storage
 from .errors import ArgumentError, CompatibilityError, FormatError, IntegrityError, StorageError
+from .manifest import read_manifest
+from .strict_json import read_json
 
 FINGERPRINT, LOCK = "fingerprint.json", "lock"
 
@@ -36,7 +38,7 @@ def opened(folder: str | Path, fingerprint: Mapping) -> Iterator[Path]:
         except OSError:
             pass  # a file system without locks
         if (folder / FINGERPRINT).exists():
-            _refuse_differences(folder, storage.read_json(folder / FINGERPRINT), _plain(fingerprint))
+            _refuse_differences(folder, read_json(folder / FINGERPRINT), _plain(fingerprint))
         else:
             _clear(folder)  # what a removal that was cut short has left
             storage.write_json(folder / FINGERPRINT, fingerprint)
@@ -70,7 +72,7 @@ def holds_result(out: str | Path, fingerprint: Mapping) -> bool:
     """Whether `out` is the complete result of the job with this fingerprint, written with facts={"job": fingerprint}."""
     storage.restore(out)
     try:
-        return storage.read_manifest(out)["facts"].get("job") == _plain(fingerprint)
+        return read_manifest(out)["facts"].get("job") == _plain(fingerprint)
     except (IntegrityError, FormatError, CompatibilityError):  # nothing there, or somebody else's
         return False
 

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import manifest
 from .errors import FormatError, IntegrityError
 from .layers import replace
+from .strict_json import read_json
 from .structures import Structure
 from .validate import (FORMAT, INDEX, WEIGHTS, build, check_config, check_layer, check_quantization, check_tensors, here,
                        read_headers, weight_files)
@@ -126,7 +127,7 @@ def _check_folder(files: list[Path], weights: str) -> None:
     for name in sorted(due - set(listed)):
         raise IntegrityError(f"{name}: not listed in {manifest.NAME}")
     manifest.check(folder, only=due)
-    check_config(manifest.read_json(folder / "config.json"))
+    check_config(read_json(folder / "config.json"))
 
 
 if "lowfat" not in AUTO_QUANTIZER_MAPPING:

@@ -20,12 +20,8 @@ import torch
 
 from . import manifest
 from .errors import ArgumentError, StorageError
-from .manifest import read_manifest
-from .strict_json import dumps, read_json
-from .tensor_file import read_tensors
+from .strict_json import dumps
 
-__all__ = ["check_target", "read_json", "read_manifest", "read_tensors", "restore", "stage", "verify", "write_folder",
-           "write_json", "write_tensors"]
 PATIENCE = 5.0  # seconds to wait for a process that is between two renames
 
 

@@ -16,6 +16,8 @@ from transformers.trainer_callback import PrinterCallback
 from .. import storage
 from ..errors import NumericsError
 from ..progress import discard
+from ..strict_json import read_json
+from ..tensor_file import read_tensors
 
 TENSORS, STATE, TRAINER = "state.safetensors", "state.json", "trainer_state.json"  # the last name is transformers'
 
@@ -56,16 +58,16 @@ class ResumableTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
-            state = storage.read_json(Path(checkpoint) / STATE)
+            state = read_json(Path(checkpoint) / STATE)
             restore_optimizer(self.optimizer, self._tensors(checkpoint), state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint):
         if checkpoint is not None:
-            restore_rng(self._tensors(checkpoint), storage.read_json(Path(checkpoint) / STATE)["rng"])
+            restore_rng(self._tensors(checkpoint), read_json(Path(checkpoint) / STATE)["rng"])
 
     def _tensors(self, checkpoint):
-        return storage.read_tensors(Path(checkpoint) / TENSORS)
+        return read_tensors(Path(checkpoint) / TENSORS)
 
 
 class ProgressCallback(TrainerCallback):
