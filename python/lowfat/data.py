@@ -9,7 +9,7 @@ from .errors import ArgumentError, FormatError
 
 MAX_LENGTH = 128  # tokens; the default of everything that tokenizes
 TASKS = ("classification", "lm", "embedding")
-IGNORED = -100  # label of padding, as torch and transformers have it
+IGNORED = -100  # label of a token without loss, such as padding, as torch and transformers have it
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -178,10 +178,10 @@ def batches(rows: Sequence[Mapping], tokenizer, task: str, *, batch_size: int = 
             labels: bool = True, label2id: Mapping[str, int] | None = None, device=None) -> list[dict[str, torch.Tensor]]:
     """Tokenized, padded batches of the rows in their order, ready for model(**batch)."""
     found = examples(rows, tokenizer, task, max_length=max_length, labels=labels, label2id=label2id)
-    return [padded(part, tokenizer, device) for part in parts(found, batch_size)]
+    return [padded(part, tokenizer, device) for part in slices(found, batch_size)]
 
 
-def parts(items: Sequence, batch_size: int) -> list[Sequence]:
+def slices(items: Sequence, batch_size: int) -> list[Sequence]:
     """Slices of at most batch_size items, in order."""
     if batch_size < 1:
         raise ArgumentError(f"batch_size is {batch_size}; needs at least 1")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, MAX_LENGTH, check_length, examples, label_ids, padded, parts, task_for
+from .data import IGNORED, MAX_LENGTH, check_length, examples, label_ids, padded, slices, task_for
 from .errors import ArgumentError
 
 
@@ -107,7 +107,7 @@ def pooled(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def _batches(model, found: list[dict], tokenizer, batch_size: int, what: str, on_progress) -> Iterator[dict]:
     check_length(found, model)
-    for number, part in enumerate(parts(found, batch_size)):
+    for number, part in enumerate(slices(found, batch_size)):
         yield padded(part, tokenizer, model.device)
         if on_progress:
             on_progress(number * batch_size + len(part), len(found), what)

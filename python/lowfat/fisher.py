@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .data import IGNORED
 from .errors import ArgumentError, UnsupportedError
 from .layers import sizes
 from .listen import forward, listening
 
-IGNORED = -100  # the label of a token that has no loss
 _SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses of transformers that compare token t with label t + 1
 _PER_TOKEN = ("ForMaskedLM", "ForTokenClassification")
 

@@ -8,7 +8,7 @@ import torch
 from . import progress, storage
 from .calibrate import calibrate
 from .checkpoint import load, save
-from .data import MAX_LENGTH, check_length, examples, padded, parts, task_for, task_of
+from .data import MAX_LENGTH, check_length, examples, padded, slices, task_for, task_of
 from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
 from .factorize import Report, check_weights, factorize
 from .layers import factorizable
@@ -127,7 +127,7 @@ def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_leng
         raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
     found = examples(rows, tokenizer, task, max_length=max_length, labels="fisher" in needs, label2id=model.config.label2id)
     check_length(found, model)
-    return [padded(part, tokenizer, model.device) for part in parts(found, batch_size)]
+    return [padded(part, tokenizer, model.device) for part in slices(found, batch_size)]
 
 
 def _fisher(needs, arguments: Mapping) -> str | bool:

@@ -13,7 +13,7 @@ from ..linalg import balance, require_finite, require_rank, smaller_gram, spectr
 from ..structures import LowRank
 
 if TYPE_CHECKING:
-    from ..calibrate import Stats
+    from ..stats import Stats
 
 _GUARD = 1e-5  # of the mean, added to every weight: a feature without gradient must not divide by zero
 _STEPS = 50    # of the exact method, at most

@@ -8,7 +8,7 @@ from ..linalg import require_finite, smaller_gram, spectrum, tails, truncated_sv
 from ..structures import LowRank
 
 if TYPE_CHECKING:
-    from ..calibrate import Stats
+    from ..stats import Stats
 
 
 @torch.no_grad()

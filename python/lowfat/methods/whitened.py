@@ -14,7 +14,7 @@ from ..linalg import balance, gram_of, gram_root, leading, quadratic, require_fi
 from ..structures import LowRank
 
 if TYPE_CHECKING:
-    from ..calibrate import Stats
+    from ..stats import Stats
 
 DAMPING = 1e-6  # of the mean diagonal, added to C: with few tokens or dead channels, what no input shows is kept as by SVD
 
