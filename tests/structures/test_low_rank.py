@@ -273,19 +273,14 @@ def group_of(dtype=torch.float32):
     return [LowRank(48, 33, 16, dtype=dtype), LowRank(48, 20, 5, bias=False, dtype=dtype), LowRank(48, 48, 30, dtype=dtype)]
 
 
+@pytest.mark.parametrize("rows", [1, 4, 120])  # 1 and 4: what the compiled kernel is for
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_group_equals_its_layers(dtype):
+def test_group_gives_the_bits_of_its_layers(dtype, rows):
     layers = group_of(dtype)
     group = LowRankGroup(layers)
     assert group.v.shape == (51, 48)
-    x = torch.randn(3, 40, 48).to(dtype)
-    for y, layer in zip(group(x), layers, strict=True):
-        with torch.no_grad():
-            judge(y.reshape(120, -1).detach(), layer, x.reshape(120, 48))
-    whole = [gates.whole_inputs(40, 48, r, n, torch.float32, seed=n) for r, n in ((16, 33), (5, 20), (30, 48))]
-    exact = [LowRank.of(*factors).to(dtype) for _, *factors in whole]
-    x = torch.randint(-1, 2, (3, 48)).to(dtype)
-    assert all(torch.equal(y, layer(x)) for y, layer in zip(LowRankGroup(exact)(x), exact, strict=True))  # G4: the wiring
+    x = torch.randn(rows, 48).to(dtype)
+    assert all(torch.equal(y, layer(x)) for y, layer in zip(group(x), layers, strict=True))
 
 
 def test_group_gives_its_layers_back_bit_for_bit():
