@@ -56,6 +56,18 @@ def test_embeddings_ignore_padding_and_order(tiny_bert):
     assert torch.equal(found, embed(tiny_bert, tok, texts, batch_size=4))
 
 
+def test_texts_are_cut_to_what_the_model_takes():
+    from transformers import RobertaConfig, RobertaModel
+    model, tok = RobertaModel(RobertaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=42, pad_token_id=1)).eval(), tokenizer()
+    long = ["the cat " * 50, "a dog"]
+    # rows 0 and 1 of the position table are for padding: 41 tokens would already end in an index error
+    assert torch.equal(embed(model, tok, long), embed(model, tok, long, max_length=40))
+    with pytest.raises(ArgumentError, match="max_length is 41; RobertaModel takes 40 tokens"):
+        embed(model, tok, ["a dog"], max_length=41)
+
+
 def test_retrieval_ranks():
     queries, answers = torch.eye(3), torch.tensor([[1., 0, 0], [0, 0.1, 1], [0, 0.2, 0.9]])
     # query 0 finds its answer first; 1 prefers answer 2 (0.217 over 0.0995); 2 prefers answer 1: ranks 1, 2, 2

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .errors import ArgumentError, FormatError
 
@@ -141,12 +142,23 @@ def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
     return [{"input_ids": piece, "labels": piece} if labels else {"input_ids": piece} for piece in cut]
 
 
-def check_length(found: Sequence[Mapping], model) -> None:
-    """ArgumentError for an example with more tokens than the model has positions."""
-    longest = max(len(example["input_ids"]) for example in found)
-    limit = getattr(model.config, "max_position_embeddings", None) or longest
-    if longest > limit:
-        raise ArgumentError(f"max_length: a text has {longest} tokens, the model takes {limit}; cut them to that")
+def fitting(max_length: int, model) -> int:
+    """max_length; for a model that takes fewer tokens than the default, what it takes. ArgumentError for any other excess."""
+    limit = _positions(model) or max_length
+    if max_length > limit and max_length != MAX_LENGTH:
+        raise ArgumentError(f"max_length is {max_length}; {type(model).__name__} takes {limit} tokens")
+    return min(max_length, limit)
+
+
+def _positions(model) -> int | None:
+    """How many tokens a model takes, None for any number.
+
+    RoBERTa and its kin keep the rows up to padding_idx of their position table for padding: 514 rows are 512 positions."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    rows = getattr(model.config, "max_position_embeddings", None)
+    return rows if rows and rows > 0 else None
 
 
 def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.Tensor]:

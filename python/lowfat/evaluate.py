@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, MAX_LENGTH, check_length, examples, label_ids, padded, slices, task_for
+from .data import IGNORED, MAX_LENGTH, examples, fitting, label_ids, padded, slices, task_for
 from .errors import ArgumentError
 
 
@@ -19,6 +19,7 @@ def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = No
     on_progress(done, total, what) counts rows, pieces or texts."""
     task = task_for(model, task)
     check_rows(rows, task, model)
+    max_length = fitting(max_length, model)
     measure = {"classification": _accuracy, "lm": _perplexity, "embedding": _retrieval}[task]
     was_training = model.training
     model.eval()
@@ -86,7 +87,7 @@ def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
 def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_length: int = MAX_LENGTH,
           on_progress=None) -> torch.Tensor:
     """Mean of the last hidden states over the tokens of each text, fp32 on the CPU.    [N, d]"""
-    found = examples([{"text": text} for text in texts], tokenizer, "embedding", max_length=max_length)
+    found = examples([{"text": text} for text in texts], tokenizer, "embedding", max_length=fitting(max_length, model))
     order = sorted(range(len(found)), key=lambda index: len(found[index]["input_ids"]))  # like lengths need no padding
     was_training = model.training
     model.eval()
@@ -106,7 +107,6 @@ def pooled(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _batches(model, found: list[dict], tokenizer, batch_size: int, what: str, on_progress) -> Iterator[dict]:
-    check_length(found, model)
     for number, part in enumerate(slices(found, batch_size)):
         yield padded(part, tokenizer, model.device)
         if on_progress:

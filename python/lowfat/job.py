@@ -8,7 +8,7 @@ import torch
 from . import progress, storage
 from .calibrate import calibrate
 from .checkpoint import load, save
-from .data import MAX_LENGTH, check_length, examples, padded, slices, task_for, task_of
+from .data import MAX_LENGTH, batches, fitting, task_for, task_of
 from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
 from .factorize import Report, check_weights, factorize
 from .layers import factorizable
@@ -125,9 +125,8 @@ def _files(folder: Path) -> dict[str, str]:
 def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:
     if "fisher" in needs and task == "embedding":
         raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
-    found = examples(rows, tokenizer, task, max_length=max_length, labels="fisher" in needs, label2id=model.config.label2id)
-    check_length(found, model)
-    return [padded(part, tokenizer, model.device) for part in slices(found, batch_size)]
+    return batches(rows, tokenizer, task, batch_size=batch_size, max_length=fitting(max_length, model),
+                   labels="fisher" in needs, label2id=model.config.label2id, device=model.device)
 
 
 def _fisher(needs, arguments: Mapping) -> str | bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import progress, storage
-from ..data import MAX_LENGTH, check_length, examples, label_ids, padded, task_for
+from ..data import MAX_LENGTH, examples, fitting, label_ids, padded, task_for
 from ..errors import ArgumentError, DeviceError
 from ..evaluate import check_rows, evaluate
 from ..structures import STRUCTURES
@@ -56,8 +56,7 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
     autocast = _autocast(autocast, model.device)
     has_labels = task != "embedding" and (teacher is None or alpha < 1)
     label2id = label_ids(train, model.config.label2id)[1] if has_labels and task == "classification" else None
-    data = examples(train, tokenizer, task, max_length=max_length, labels=has_labels, label2id=label2id)
-    check_length(data, model)
+    data = examples(train, tokenizer, task, max_length=fitting(max_length, model), labels=has_labels, label2id=label2id)
     if label2id is not None:  # names learned from the rows
         model.config.label2id, model.config.id2label = label2id, {number: name for name, number in label2id.items()}
     if validation is not None:
