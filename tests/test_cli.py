@@ -1,4 +1,5 @@
 """The command line: help that fits a screen, a mistake is one line and exit code 2, and the whole route."""
+import io
 import json
 import os
 import re
@@ -13,9 +14,11 @@ import torch
 from tiny_text import classifier, rows, tokenizer
 from typer.testing import CliRunner
 
+from lowfat import show
 from lowfat.cli import app, main
 
 COMMANDS = ("demo", "factorize", "finetune", "evaluate", "inspect", "doctor")
+STAGE = re.compile(r"(\w+): \d+ s")  # a line of progress where stderr is no terminal
 MAIN = [sys.executable, "-c", f"from {main.__module__} import main; main()"]
 
 
@@ -61,9 +64,10 @@ def refused(*arguments):
     before = sorted(Path().rglob("*"))
     done = lowfat(*arguments, code=2)
     assert done.stdout == ""
-    assert done.stderr.startswith("lowfat: ") and done.stderr.count("\n") == 1, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if not STAGE.fullmatch(line))
+    assert line.startswith("lowfat: ")
     assert sorted(Path().rglob("*")) == before  # nothing written, no temporary left
-    return done.stderr
+    return line
 
 
 # ------------------------------------------------------------------------------------------------ help
@@ -206,7 +210,8 @@ def test_a_full_disk_in_a_child_process(work, dense):
     done = subprocess.run([*MAIN, "factorize", str(dense), "out", "--method", "svd"], preexec_fn=limit, capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "out: could not be written" in done.stderr, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if not STAGE.fullmatch(line))
+    assert "out: could not be written" in line
     assert not (work / "out").exists() and not list(work.glob(".out.tmp*"))
 
 
@@ -216,7 +221,8 @@ def test_exit_codes_and_streams_of_a_child_process(work, dense, texts):
     mistake = subprocess.run([*MAIN, "factorize", str(dense), "out", "--ratio", "2"], capture_output=True, text=True)
     assert (mistake.returncode, mistake.stdout, mistake.stderr.count("\n")) == (2, "", 1), mistake.stderr
     good = subprocess.run([*MAIN, "factorize", str(dense), "out", "--calibrate", str(texts)], capture_output=True, text=True)
-    assert (good.returncode, good.stderr) == (0, "")
+    assert good.returncode == 0 and [STAGE.fullmatch(line)[1] for line in good.stderr.splitlines()] == [
+        "opening", "calibrate", "factorize"]
     assert sorted(path.name for path in work.iterdir()) == ["out"]
 
 
@@ -238,6 +244,42 @@ def test_the_whole_route(work, dense, texts):
     assert "4 steps on cpu" in trained.stdout and "accuracy" in trained.stdout
     assert json.loads(lowfat("evaluate", "better", "--data", texts, "--json").stdout)["rows"] == 24
     assert re.search(r"accuracy +[01]\.\d{4}", lowfat("evaluate", "better", "--data", texts, "--dtype", "bfloat16").stdout)
+
+
+# ------------------------------------------------------------------------------------------------ progress without a terminal
+@pytest.mark.parametrize("command, stages", [
+    ("factorize {dense} out --calibrate {texts}", ["opening", "calibrate", "factorize"]),
+    ("finetune {dense} out --train {texts} --steps 3", ["opening", "training"]),
+    ("evaluate {dense} --data {texts} --batch-size 2", ["opening", "accuracy"]),
+    ("inspect {dense}", ["opening", "spectra"])])
+def test_one_line_for_each_stage(work, dense, texts, command, stages):
+    # kills a line for each batch, step or layer: there are several of each here
+    lines = lowfat(*command.format(dense=dense, texts=texts).split()).stderr.splitlines()
+    assert [STAGE.fullmatch(line)[1] for line in lines] == stages
+
+
+def test_a_stage_is_told_when_it_ends_not_when_the_command_does(monkeypatch):
+    pipe = io.BytesIO()
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(pipe))  # holds back what is not flushed, as stderr into a file may
+    with show.bar("opening") as tell:
+        tell(0, 2, "first")
+        assert pipe.getvalue() == b"opening: 0 s\n"
+        tell(1, 2, "first")
+        tell(1, 2, "second")
+        assert pipe.getvalue() == b"opening: 0 s\nfirst: 0 s\n"
+    assert pipe.getvalue().endswith(b"second: 0 s\n")
+
+
+def test_a_long_stage_speaks_every_minute(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(show.time, "monotonic", lambda: now)
+    with show.bar("opening") as tell:
+        for step in range(1, 11):
+            tell(step, 10, f"training, loss {step}", stage="training")
+            now += 25
+    assert capsys.readouterr().err.splitlines() == [
+        "opening: 0 s", "training, loss 4: 75 s so far (40 %)", "training, loss 7: 150 s so far (70 %)",
+        "training, loss 10: 225 s so far (100 %)", "training: 250 s"]
 
 
 def test_inspect_before_and_after(work, dense, texts):

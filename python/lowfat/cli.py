@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -82,7 +83,7 @@ def demo(folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Fold
     """
     from . import demo as job
 
-    with bar("demo") as tell:
+    with bar("opening") as tell:
         result = job.run(folder, overwrite=overwrite, device=device_of(device),
                          on_progress=lambda share, what: tell(share, 1, what))
     show_demo(result, folder, job)
@@ -144,7 +145,7 @@ def finetune(
         report = strategy(student, rows, tokenizer=tokenizer, task=task, teacher=followed, teacher_tokenizer=its_tokenizer,
                           validation=judged, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
                           max_length=max_length, seed=seed, save_every=save_every,
-                          out=out_folder, overwrite=overwrite, on_progress=tell)
+                          out=out_folder, overwrite=overwrite, on_progress=partial(tell, stage="training"))
     print_json(report.to_json()) if as_json else show_training(report, out_folder)
 
 
@@ -192,7 +193,7 @@ def inspect(
     with bar("opening") as tell:
         opened, _ = open_model(folder_of(model), reads_text=False)
         original = open_model(folder_of(base), reads_text=False)[0] if base else None
-        found = spectra(opened, base=original, layers=layers or None, on_progress=tell)
+        found = spectra(opened, base=original, layers=layers or None, on_progress=partial(tell, stage="spectra"))
     if plot:
         draw(found, plot, title=Path(model).name)
     left_out = skipped(opened, layers or None)

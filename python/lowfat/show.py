@@ -1,10 +1,12 @@
-"""What the commands show: a progress bar on stderr, tables of 80 columns on stdout."""
+"""What the commands show: progress on stderr, tables of 80 columns on stdout."""
 from __future__ import annotations
 
 import json
 import os
 import re
+import sys
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,24 +19,58 @@ from rich.table import Table
 from .spectra import SHARES
 
 out, err = Console(highlight=False), Console(stderr=True)
+MINUTE = 60.0  # seconds
 
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[..., None]]:
-    """Gives on_progress(done, total, what): a bar with the time left on stderr, nothing where stderr is no terminal."""
+    """Gives tell(done, total, what, stage=what): on a terminal a bar with the time left, elsewhere a line for each stage."""
+    if not err.is_terminal:
+        stages = Lines(what)
+        yield stages.tell
+        stages.end()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f} %"),
                TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left"))
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(what, total=None)
 
-        def tell(done: float, total: float, now: str = "") -> None:
+        def tell(done: float, total: float, now: str, stage: str | None = None) -> None:
             nonlocal task
             if done < progress.tasks[0].completed:  # another phase: it has its own speed
                 progress.remove_task(task)
                 task = progress.add_task(now)
-            progress.update(task, completed=done, total=total, description=now[:30] or what)
+            progress.update(task, completed=done, total=total, description=now[:30])
 
         yield tell
+
+
+class Lines:
+    """A flushed line when a stage has ended, and every minute within a long one: for pipes, files and the logs of a job."""
+
+    def __init__(self, stage: str):
+        self._start(stage)
+
+    def _start(self, stage: str) -> None:
+        self.stage = stage
+        self.started = self.spoken = time.monotonic()
+
+    def tell(self, done: float, total: float, now: str, stage: str | None = None) -> None:
+        if (stage or now) != self.stage:
+            self.end()
+            self._start(stage or now)
+        elif time.monotonic() - self.spoken >= MINUTE:
+            self._print(f"{now}: {self._seconds()} so far ({100 * done / total:.0f} %)")
+
+    def end(self) -> None:
+        self._print(f"{self.stage}: {self._seconds()}")
+
+    def _seconds(self) -> str:
+        return f"{time.monotonic() - self.started:.0f} s"
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        self.spoken = time.monotonic()
 
 
 def print_json(value) -> None:
