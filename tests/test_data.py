@@ -6,7 +6,7 @@ import torch
 
 from lowfat.data import IGNORED, MAX_LENGTH, batches, examples, fitting, label_ids, padded, read_rows, task_for, task_of
 from lowfat.errors import ArgumentError, FormatError
-from tiny_text import rows, tokenizer
+from tiny_text import bare_tokenizer, rows, tokenizer
 
 
 def written(tmp_path, text, name="rows.jsonl"):
@@ -131,3 +131,17 @@ def test_the_default_length_is_shortened_to_the_model_and_any_other_is_refused(t
             fitting(longer, tiny_gpt2)
     tiny_bert.config.max_position_embeddings = -1  # XLNet's way of saying any number
     assert fitting(500, tiny_bert) == 500
+
+
+def test_texts_without_tokens_are_named():
+    tok, bare = tokenizer(), bare_tokenizer()
+    pairs = [{"text_a": "cat", "text_b": "dog"}, {"text_a": "cat", "text_b": ""}]
+    with pytest.raises(ArgumentError, match="row 2: text_b has no tokens"):
+        examples(pairs, bare, "embedding")
+    with pytest.raises(ArgumentError, match="row 1 has no tokens"):
+        examples([{"text": " ", "label": 0}], bare, "classification")
+    bare.eos_token = tok.eos_token = None
+    with pytest.raises(ArgumentError, match="neither a pad nor an end token.*set tokenizer.pad_token"):
+        examples(rows(2), bare, "classification")
+    with pytest.raises(ArgumentError, match="the texts have no tokens"):
+        examples([{"text": ""}], tok, "lm")

@@ -7,7 +7,7 @@ from torch.nn.functional import cosine_similarity, log_softmax
 
 from lowfat.errors import ArgumentError
 from lowfat.evaluate import embed, evaluate, retrieval
-from tiny_text import classifier, rows, tokenizer
+from tiny_text import bare_tokenizer, classifier, last_token_classifier, rows, tokenizer
 
 
 def test_accuracy_counts_right_answers_one_by_one():
@@ -20,6 +20,18 @@ def test_accuracy_counts_right_answers_one_by_one():
     found = evaluate(model, data, tok, batch_size=4)
     assert found == {"task": "classification", "rows": 11, "accuracy": right / 11, "correct": right}
     assert model.training and 0 < right < 11  # the mode is put back; dropout was off while measuring
+
+
+@pytest.mark.parametrize("pad", [None, 4])
+def test_a_classifier_at_the_last_token_without_a_pad_token(pad, caplog):
+    # 4 is "the", with which no text ends: kills padding with one token while the model looks for another
+    model, tok, data = last_token_classifier(), bare_tokenizer(), rows(11)
+    with torch.no_grad():
+        right = sum(model(**tok(row["text"], return_tensors="pt")).logits.argmax().item() == row["label"] for row in data)
+    model.config.pad_token_id = pad
+    assert evaluate(model, data, tok, batch_size=4)["correct"] == right and 0 < right < 11
+    assert model.config.pad_token_id == pad  # known while it ran
+    assert "no pad token: texts are padded with its end token '[SEP]'" in caplog.text
 
 
 def test_perplexity_is_the_mean_over_predicted_tokens(tiny_llama):

@@ -9,8 +9,9 @@ from lowfat.data import task_for
 from lowfat.errors import ArgumentError, NumericsError
 from lowfat.evaluate import evaluate
 from lowfat.job import factorize_folder, open_model
+from lowfat.recovery import finetune
 from lowfat.structures import LowRank
-from tiny_text import classifier, rows, tokenizer
+from tiny_text import bare_tokenizer, classifier, last_token_classifier, rows, tokenizer
 
 
 @pytest.fixture
@@ -42,6 +43,17 @@ def test_every_model_and_method(request, saved, fixture, method, policy):
     assert list(dict.fromkeys(phases)) == ["calibrate", "factorize"]
     manifest = json.loads((folder.parent / "out" / "manifest.json").read_text())
     assert manifest["facts"]["job"]["options"]["method"] == method  # what made it is written in it
+
+
+@pytest.mark.parametrize("method", ["whitened", "fwsvd"])
+def test_a_classifier_without_a_pad_token(tmp_path, method):
+    last_token_classifier().save_pretrained(tmp_path / "dense")
+    bare_tokenizer().save_pretrained(tmp_path / "dense")
+    run(tmp_path / "dense", method=method)
+    model, tok = open_model(tmp_path / "out")
+    assert model.config.pad_token_id is None and tok.pad_token is None
+    finetune(model, rows(8), tokenizer=tok, teacher=open_model(tmp_path / "dense")[0], steps=1, batch_size=4, max_length=12)
+    assert model.config.pad_token_id is None
 
 
 def test_svd_needs_no_text(saved):

@@ -17,6 +17,16 @@ def tokenizer():
                                    sep_token="[SEP]", eos_token="[SEP]", model_input_names=["input_ids", "attention_mask"])
 
 
+def bare_tokenizer():
+    """The same words, nothing around them and no pad token, as GPT-2 has it."""
+    from tokenizers import processors
+
+    found = tokenizer()
+    found.pad_token = None
+    found.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return found
+
+
 def rows(count: int) -> list[dict]:
     """Sentences of different lengths, labelled by whether their first noun is an animal."""
     found = []
@@ -25,6 +35,14 @@ def rows(count: int) -> list[dict]:
         more = [WORDS[(7 * index + place) % 24] for place in range(index % 5)]
         found.append({"text": " ".join(["the", WORDS[14 + index % 6], noun, *more]), "label": int(index % 8 >= 4)})
     return found
+
+
+def last_token_classifier():
+    """A two-layer GPT-2 that classifies at the last token, and does not say which one pads."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    return GPT2ForSequenceClassification(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=2, n_positions=40,
+                                                    num_labels=2)).eval()
 
 
 def classifier():

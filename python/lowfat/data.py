@@ -1,6 +1,8 @@
 """Rows of text from a file, and the tokenized batches that calibration, training and evaluation share."""
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from .errors import ArgumentError, FormatError
 
+log = logging.getLogger("lowfat")
 MAX_LENGTH = 128  # tokens; the default of everything that tokenizes
 TASKS = ("classification", "lm", "embedding")
 IGNORED = -100  # label of a token without loss, such as padding, as torch and transformers have it
@@ -103,7 +106,7 @@ def examples(rows: Sequence[Mapping], tokenizer, task: str, *, max_length: int =
     """Rows as lists of token ids, not padded yet: input_ids, token_type_ids where the tokenizer has them, labels.
 
     Classification: one per row. Embedding: one per text, text_b after its text_a. lm: the texts joined by the end token and
-    cut in pieces of max_length, so that no token is dropped or seen twice."""
+    cut in pieces of max_length, so that no token is dropped or seen twice. ArgumentError names a row without tokens."""
     if task not in TASKS:
         raise ArgumentError(f"task is {task!r}; needs one of {', '.join(TASKS)}")
     if max_length < 2:
@@ -113,12 +116,16 @@ def examples(rows: Sequence[Mapping], tokenizer, task: str, *, max_length: int =
     if task == "lm":
         return _pieces(rows, tokenizer, max_length, labels)
     if task == "embedding":
-        texts = [row[key] for row in rows for key in ("text", "text_a", "text_b") if key in row]
-        return _tokens(tokenizer, texts, None, max_length)
+        places = [(number, key) for number, row in enumerate(rows, 1) for key in ("text", "text_a", "text_b") if key in row]
+        found = _tokens(tokenizer, [rows[number - 1][key] for number, key in places], None, max_length)
+        return _filled(found, [f"row {number}: {key}" for number, key in places])
+    if _pad_id(tokenizer) is None:
+        raise ArgumentError("tokenizer: has neither a pad nor an end token, and batches need one; set tokenizer.pad_token")
     if len({"text" in row for row in rows}) > 1:
         raise ArgumentError('some rows have "text" and some have "text_a" and "text_b"; needs one kind')
     first, second = ("text", None) if "text" in rows[0] else ("text_a", "text_b")
     found = _tokens(tokenizer, [row[first] for row in rows], second and [row[second] for row in rows], max_length)
+    _filled(found, [f"row {number}" for number in range(1, len(rows) + 1)])
     if labels:
         for example, label in zip(found, label_ids(rows, label2id)[0]):
             example["labels"] = label
@@ -131,6 +138,14 @@ def _tokens(tokenizer, texts: list[str], pairs: list[str] | None, max_length: in
     return [dict(zip(kept, values)) for values in zip(*(fields[name] for name in kept))]
 
 
+def _filled(found: list[dict], places: list[str]) -> list[dict]:
+    """What is found. Where a tokenizer adds no token of its own, an empty text has none, and its mean would be NaN."""
+    empty = next((place for example, place in zip(found, places) if not example["input_ids"]), None)
+    if empty:
+        raise ArgumentError(f"{empty} has no tokens; leave out texts that are empty")
+    return found
+
+
 def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
     if any("text" not in row for row in rows):
         raise ArgumentError('lm needs rows with "text"')
@@ -138,6 +153,8 @@ def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
     ids = []
     for text in tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]:
         ids += text + end
+    if not ids:
+        raise ArgumentError("the texts have no tokens; leave out texts that are empty")
     cut = [ids[start:start + max_length] for start in range(0, len(ids), max_length)]
     return [{"input_ids": piece, "labels": piece} if labels else {"input_ids": piece} for piece in cut]
 
@@ -166,7 +183,7 @@ def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.
 
     lm labels repeat input_ids, not shifted: the models and our losses shift them by themselves."""
     length = max(len(example["input_ids"]) for example in found)
-    fill = {"input_ids": _pad_id(tokenizer), "labels": IGNORED}
+    fill = {"input_ids": _pad_id(tokenizer) or 0, "labels": IGNORED}  # 0 where there is none: masked anyway
 
     def column(name):
         values = [example[name] for example in found]
@@ -179,11 +196,27 @@ def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.
     return {"attention_mask": mask} | {name: column(name) for name in found[0]}
 
 
-def _pad_id(tokenizer) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0  # masked anyway
+def _pad_id(tokenizer) -> int | None:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+@contextmanager
+def padding(tokenizer, task: str, *models) -> Iterator[None]:
+    """Inside, classifiers know the token that `padded` fills with: GPT-2, Llama and others classify at the last token that
+    is not config.pad_token_id, and refuse batches when it is not set, as in most of their checkpoints."""
+    if task != "classification":
+        yield
+        return
+    if tokenizer.pad_token_id is None:
+        log.warning("the tokenizer has no pad token: texts are padded with its end token %r", tokenizer.eos_token)
+    before = [model.config.pad_token_id for model in models]
+    for model in models:
+        model.config.pad_token_id = _pad_id(tokenizer)
+    try:
+        yield
+    finally:
+        for model, token in zip(models, before):
+            model.config.pad_token_id = token
 
 
 def batches(rows: Sequence[Mapping], tokenizer, task: str, *, batch_size: int = 32, max_length: int = MAX_LENGTH,

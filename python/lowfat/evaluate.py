@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, MAX_LENGTH, examples, fitting, label_ids, padded, slices, task_for
+from .data import IGNORED, MAX_LENGTH, examples, fitting, label_ids, padded, padding, slices, task_for
 from .errors import ArgumentError
 
 
@@ -24,7 +24,8 @@ def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = No
     was_training = model.training
     model.eval()
     try:
-        return {"task": task, "rows": len(rows)} | measure(model, rows, tokenizer, batch_size, max_length, on_progress)
+        with padding(tokenizer, task, model):
+            return {"task": task, "rows": len(rows)} | measure(model, rows, tokenizer, batch_size, max_length, on_progress)
     finally:
         model.train(was_training)
 

@@ -8,7 +8,7 @@ import torch
 from . import progress, storage
 from .calibrate import calibrate
 from .checkpoint import load, save
-from .data import MAX_LENGTH, batches, fitting, task_for, task_of
+from .data import MAX_LENGTH, batches, fitting, padding, task_for, task_of
 from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
 from .factorize import Report, check_weights, factorize
 from .layers import factorizable
@@ -47,8 +47,9 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     data = None if rows is None else _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
     with progress.opened(states, fingerprint):
         try:
-            stats = data and calibrate(model, data, layers=layers, fisher=_fisher(needs, arguments),
-                                       out=states / "calibration", on_progress=_phase(on_progress, "calibrate"))
+            stats = data and _calibrate(model, tokenizer, data, task_for(model, task), layers=layers,
+                                        fisher=_fisher(needs, arguments), out=states / "calibration",
+                                        on_progress=_phase(on_progress, "calibrate"))
             storage.stage("calibrated")
             choices = _plan(states / "plan.json", model, method=method, ratio=ratio, policy=policy, stats=stats,
                             layers=layers, arguments=arguments)
@@ -127,6 +128,11 @@ def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_leng
         raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
     return batches(rows, tokenizer, task, batch_size=batch_size, max_length=fitting(max_length, model),
                    labels="fisher" in needs, label2id=model.config.label2id, device=model.device)
+
+
+def _calibrate(model, tokenizer, data: list[dict], task: str, **options):
+    with padding(tokenizer, task, model):
+        return calibrate(model, data, **options)
 
 
 def _fisher(needs, arguments: Mapping) -> str | bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import progress, storage
-from ..data import MAX_LENGTH, examples, fitting, label_ids, padded, task_for
+from ..data import MAX_LENGTH, examples, fitting, label_ids, padded, padding, task_for
 from ..errors import ArgumentError, DeviceError
 from ..evaluate import check_rows, evaluate
 from ..structures import STRUCTURES
@@ -146,7 +146,8 @@ def _train(objective: Objective, data: list[dict], tokenizer, options: dict, sta
         save_strategy="no" if states is None else "steps", save_steps=save_every, logging_steps=max(1, steps // 50),
         logging_nan_inf_filter=False, disable_tqdm=True, remove_unused_columns=False, report_to="none")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the model stays on its device
-    with same_bits(student.device), _in_fp32(student):
+    models = [model for model in (student, objective.teacher) if model is not None]
+    with same_bits(student.device), _in_fp32(student), padding(tokenizer, options["task"], *models):
         trainer = ResumableTrainer(objective, arguments, states=states, callbacks=[ProgressCallback(on_progress)],
                                    train_dataset=_in_order(data, steps * batch_size, options["seed"]),
                                    data_collator=lambda part: padded(part, tokenizer))

@@ -30,10 +30,13 @@ class Objective(nn.Module):
             wanted = self._wanted(out, batch)
         return {"loss": self._loss(found, wanted, labels, batch["attention_mask"])}
 
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teacher[0]
+
     @torch.no_grad()
     def _wanted(self, out, batch) -> torch.Tensor | None:
-        teacher, = self._teacher
-        return None if teacher is None else out(teacher, batch).float()
+        return None if self.teacher is None else out(self.teacher, batch).float()
 
     def _loss(self, found, wanted, labels, mask) -> torch.Tensor:
         if self.task == "embedding":
