@@ -98,7 +98,7 @@ def test_the_list_of_commands(work):
 # ------------------------------------------------------------------------------------------------ mistakes
 MISTAKES = {
     "missing folder": ("nowhere/model out --calibrate {texts}", "nowhere/model: no such folder"),
-    "not on the hub": ("no-such-model out --calibrate {texts}", "no-such-model: no such folder, and not to be fetched from the Hugging Face hub"),
+    "not on the hub": ("no-such-model out --calibrate {texts}", "no-such-model: no such folder, and not to be fetched"),
     "not a model": ("{empty} out --calibrate {texts}", "no config.json, so not a model"),
     "unreadable config": ("{broken} out --calibrate {texts}", "cannot be opened"),
     "no matching layer": ("{dense} out --layers nothing.* --calibrate {texts}", "'nothing.*' matches no linear layer"),
@@ -246,7 +246,7 @@ def test_the_whole_route(work, dense, texts):
     assert re.search(r"accuracy +[01]\.\d{4}", lowfat("evaluate", "better", "--data", texts, "--dtype", "bfloat16").stdout)
 
 
-# ------------------------------------------------------------------------------------------------ progress without a terminal
+# ------------------------------------------------------------------------------------------------ without a terminal
 @pytest.mark.parametrize("command, stages", [
     ("factorize {dense} out --calibrate {texts}", ["opening", "calibrate", "factorize"]),
     ("finetune {dense} out --train {texts} --steps 3", ["opening", "training"]),

@@ -109,8 +109,8 @@ def summary(known: dict) -> str:
     else:
         why = f"this torch, {known['versions']['torch']}, is built without CUDA"
         change = "a CUDA build of torch (https://pytorch.org/get-started) and an NVIDIA GPU; lowfat itself stays as it is"
-    return (f"{sentence}; the CUDA kernels are compiled, have never run on a GPU, and cannot be used here because {why}: to use "
-            f"them you need {change}.")
+    return (f"{sentence}; the CUDA kernels are compiled, have never run on a GPU, and cannot be used here because {why}: "
+            f"to use them you need {change}.")
 
 
 def advice(known: dict) -> list[str]:

@@ -168,8 +168,10 @@ def show_doctor(known: dict, summary: str, advice: list[str]) -> None:
         rows += [(f"{op}, {device}", ", ".join(names) or "none: its plain torch reference runs")
                  for device, names in devices.items()]
     if build:
-        rows.append(("build", ", ".join(f"{name} {value}" for name, value in build.items() if isinstance(value, str) and value)))
-    rows.append(("processor", f"{cpu['name']}, {counted(cpu['threads'], 'thread')}, kernels at {cpu['level'] or 'no level'}"))
+        written = {name: value for name, value in build.items() if value and isinstance(value, str)}
+        rows.append(("build", ", ".join(f"{name} {value}" for name, value in written.items())))
+    rows.append(("processor", f"{cpu['name']}, {counted(cpu['threads'], 'thread')}, "
+                 f"kernels at {cpu['level'] or 'no level'}"))
     rows += [("GPU", ", ".join(f"{name} {value}" for name, value in gpu.items())) for gpu in known["gpus"] or []]
     rows.append(("CUDA", f"torch is built with CUDA {cuda['built']} and can use {counted(len(cuda['devices']), 'GPU')}"
                  if cuda["built"] else "torch is built without CUDA"))
