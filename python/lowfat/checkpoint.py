@@ -14,6 +14,7 @@ from torch import nn
 from . import manifest, storage
 from .errors import ArgumentError, FormatError, IntegrityError, LowfatError, NumericsError, UnsupportedError
 from .on_import import when_imported
+from .pooling import carry_pooling
 from .strict_json import read_json
 from .structures import STRUCTURES, LowRankGroup, Structure
 from .validate import FORMAT, INDEX, WEIGHTS, check_config, check_depth, check_quantization, read_headers, weight_files
@@ -105,6 +106,7 @@ def export_dense(model: nn.Module, out: str | Path, *, tokenizer=None, overwrite
         _original(PreTrainedModel)(dense, folder, state_dict=state, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        carry_pooling(model, folder)
 
     size = sum(parameter.numel() for parameter in dense.parameters()) * model.dtype.itemsize
     storage.write_folder(out, fill, overwrite=overwrite, facts=_versions(), size=size)
@@ -156,6 +158,7 @@ def _fill(model: nn.Module, folder: Path, *, max_shard_size: int | str, **option
     config["quantization_config"] = {"quant_method": "lowfat", "format": FORMAT, "weights": weights, "modules": modules,
                                      "ties": ties}
     storage.write_json(folder / "config.json", config)
+    carry_pooling(model, folder)
 
 
 def _replace_save_pretrained() -> None:

@@ -7,6 +7,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from .data import IGNORED, MAX_LENGTH, examples, fitting, label_ids, padded, padding, slices, task_for
 from .errors import ArgumentError
+from .pooling import pooled, pooling_of
 
 
 @torch.inference_mode()
@@ -15,7 +16,7 @@ def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = No
     """Numbers of one task on the rows, with the counts behind them.
 
     classification: accuracy. lm: nats_per_token and perplexity over every token that has one before it in its piece.
-    embedding: recall_at_1 and mrr of finding text_b from text_a among all text_b of the rows.
+    embedding: recall_at_1 and mrr of finding text_b from text_a among all text_b of the rows; pooling, "mean" or "cls".
     on_progress(done, total, what) counts rows, pieces or texts."""
     task = task_for(model, task)
     check_rows(rows, task, model)
@@ -36,9 +37,10 @@ def check_rows(rows: Sequence[Mapping], task: str, model) -> None:
         raise ArgumentError("no rows to evaluate on")
     if task == "classification":
         label_ids(rows, model.config.label2id)
-    missing = next((number for number, row in enumerate(rows, 1) if task == "embedding" and "text_b" not in row), None)
-    if missing:
-        raise ArgumentError(f'row {missing} has no "text_b"; retrieval needs "text_a" and "text_b" in every row')
+    for number, row in enumerate(rows, 1) if task == "embedding" else ():
+        for key in ("text_b", "text_a"):
+            if key not in row:
+                raise ArgumentError(f'row {number} has no "{key}"; retrieval needs "text_a" and "text_b" in every row')
 
 
 def _accuracy(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
@@ -70,10 +72,9 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch
 
 
 def _retrieval(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
-    count = len(rows)
-    texts = [row["text_a"] for row in rows] + [row["text_b"] for row in rows]
-    found = embed(model, tokenizer, texts, batch_size=batch_size, max_length=max_length, on_progress=on_progress)
-    return retrieval(found[:count], found[count:])
+    pairs = [{"text_a": row["text_a"], "text_b": row["text_b"]} for row in rows]
+    found = _embed(model, tokenizer, pairs, batch_size, max_length, on_progress)
+    return retrieval(found[0::2], found[1::2]) | {"pooling": pooling_of(model)}
 
 
 def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
@@ -87,24 +88,22 @@ def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
 @torch.inference_mode()
 def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_length: int = MAX_LENGTH,
           on_progress=None) -> torch.Tensor:
-    """Mean of the last hidden states over the tokens of each text, fp32 on the CPU.    [N, d]"""
-    found = examples([{"text": text} for text in texts], tokenizer, "embedding", max_length=fitting(max_length, model))
+    """The embedding of each text, pooled from the last hidden states as the model's folder says, fp32 on the CPU.    [N, d]"""
+    return _embed(model, tokenizer, [{"text": text} for text in texts], batch_size, max_length, on_progress)
+
+
+def _embed(model, tokenizer, rows, batch_size: int, max_length: int, on_progress) -> torch.Tensor:
+    pooling = pooling_of(model)
+    found = examples(rows, tokenizer, "embedding", max_length=fitting(max_length, model))
     order = sorted(range(len(found)), key=lambda index: len(found[index]["input_ids"]))  # like lengths need no padding
     was_training = model.training
     model.eval()
     try:
         shuffled = _batches(model, [found[index] for index in order], tokenizer, batch_size, "embedding", on_progress)
-        states = torch.cat([pooled(model, batch).cpu() for batch in shuffled])
+        states = torch.cat([pooled(model, batch, pooling).cpu() for batch in shuffled])
     finally:
         model.train(was_training)
     return torch.empty_like(states).index_copy_(0, torch.tensor(order), states)
-
-
-def pooled(model, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over the attention mask of the base model's last hidden states, in fp32.    [b, d]"""
-    states = model.base_model(**batch).last_hidden_state.float()
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    return (states * mask).sum(1) / mask.sum(1)
 
 
 def _batches(model, found: list[dict], tokenizer, batch_size: int, what: str, on_progress) -> Iterator[dict]:

@@ -15,6 +15,7 @@ from .layers import factorizable
 from .manifest import digest
 from .methods import METHODS, check_arguments
 from .plan import POLICIES, Plan, plan
+from .pooling import pooling_files
 
 AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "lm": "AutoModelForCausalLM",
                 "embedding": "AutoModel"}
@@ -120,7 +121,8 @@ def _files(folder: Path) -> dict[str, str]:
     """Digest of every file that the model is made of."""
     if not folder.is_dir():
         raise ArgumentError(f"{folder}: no such folder")
-    return {path.name: digest(path) for path in sorted(folder.iterdir()) if path.suffix in _MODEL_FILES and path.is_file()}
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in _MODEL_FILES and path.is_file()}
+    return {name: digest(path) for name, path in (found | pooling_files(folder)).items()}
 
 
 def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:

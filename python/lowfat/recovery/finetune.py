@@ -13,6 +13,7 @@ from .. import progress, storage
 from ..data import MAX_LENGTH, examples, fitting, label_ids, padded, padding, task_for
 from ..errors import ArgumentError, DeviceError
 from ..evaluate import check_rows, evaluate
+from ..pooling import carry_pooling, pooling_of
 from ..structures import STRUCTURES
 from .objective import Objective
 
@@ -110,6 +111,8 @@ def _check_models(model, tokenizer, task: str, teacher, teacher_tokenizer) -> No
         raise ArgumentError(f"teacher knows {theirs.vocab_size} tokens, the model {ours.vocab_size}; needs as many")
     if task == "classification" and ours.id2label != theirs.id2label:
         raise ArgumentError(f"teacher has the labels {theirs.id2label}, the model {ours.id2label}; needs the same")
+    if task == "embedding" and pooling_of(model) != pooling_of(teacher):
+        raise ArgumentError(f"teacher is pooled by {pooling_of(teacher)}, the model by {pooling_of(model)}; needs the same")
     if task == "embedding" and ours.hidden_size != theirs.hidden_size:
         raise ArgumentError(f"teacher has hidden_size {theirs.hidden_size}, the model {ours.hidden_size}; needs the same")
 
@@ -190,5 +193,6 @@ def _save(model, tokenizer, out: str | Path, overwrite: bool, facts: dict) -> No
     def fill(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        carry_pooling(model, folder)
 
     storage.write_folder(out, fill, overwrite=overwrite, facts=facts)

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
-from ..evaluate import next_token_losses, pooled
+from ..evaluate import next_token_losses
+from ..pooling import pooled, pooling_of
 
 
 class Objective(nn.Module):
@@ -18,17 +19,21 @@ class Objective(nn.Module):
         super().__init__()
         self.student, self.task, self.autocast = student, task, autocast
         self.temperature, self.alpha = temperature, alpha
+        self.pooling = pooling_of(student) if task == "embedding" else None  # the teacher's too: its embedding is the aim
         self._teacher = (teacher,)  # a tuple hides it: no submodule, so neither train() nor the optimizer reaches it
 
     def forward(self, **batch) -> dict[str, torch.Tensor]:
         device = self.student.device
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels", None)
-        out = pooled if self.task == "embedding" else _logits
+        out = self._embedding if self.task == "embedding" else _logits
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             found = out(self.student, batch).float()
             wanted = self._wanted(out, batch)
         return {"loss": self._loss(found, wanted, labels, batch["attention_mask"])}
+
+    def _embedding(self, model, batch) -> torch.Tensor:
+        return pooled(model, batch, self.pooling)
 
     @property
     def teacher(self) -> nn.Module | None:
