@@ -7,7 +7,7 @@ import torch
 import lowfat
 from lowfat.data import task_for
 from lowfat.errors import ArgumentError, NumericsError
-from lowfat.evaluate import evaluate
+from lowfat.evaluate import embed, evaluate
 from lowfat.job import factorize_folder, open_model
 from lowfat.recovery import finetune
 from lowfat.structures import LowRank
@@ -127,6 +127,39 @@ def test_a_task_without_weights_is_refused(saved, tiny_bert):
     with pytest.raises(ArgumentError, match="has no weights for classifier.*task classification"):
         open_model(folder, task="classification")
     assert type(open_model(folder)[0]).__name__ == "BertModel"
+
+
+@pytest.mark.parametrize("saved_as", ["BertForMaskedLM", "BertModel", "RobertaForMaskedLM"])
+def test_an_encoder_opens_without_head_and_pooler(tmp_path, caplog, saved_as):
+    import transformers
+    size = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    body = getattr(transformers, saved_as.replace("ForMaskedLM", "Model"))
+    body = body(body.config_class(**size), add_pooling_layer=False).eval()
+    folder = tmp_path / "dense"
+    body.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": [saved_as]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, tok = open_model(folder)
+    texts = [row["text"] for row in rows(3)]
+    assert type(model) is type(body) and torch.equal(embed(model, tok, texts), embed(body, tok, texts))
+    assert not model.pooler.dense.weight.any() and "pooler.dense.weight; set to zero" in caplog.text
+    assert ("opened without that head" in caplog.text) == (saved_as != "BertModel")
+    run(folder, task="embedding")  # and what comes out of it opens strictly
+    assert type(lowfat.load(tmp_path / "out")) is type(body)
+    with pytest.raises(ArgumentError, match="has no weights for .*classifier"):
+        open_model(folder, task="classification")
+
+
+def test_an_encoder_without_a_layer_is_refused(saved):
+    from safetensors.torch import load_file, save_file
+    folder = saved(classifier().bert)
+    weights = load_file(folder / "model.safetensors")
+    lost = "encoder.layer.1.output.dense.weight"
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArgumentError, match=f"has no weights for {lost}; BertModel needs them"):
+        open_model(folder)
 
 
 def test_a_classifier_opens_as_an_encoder(saved):

@@ -1,4 +1,5 @@
 """The job behind `lowfat factorize`: a model folder in, a smaller one out, resumable at any moment from load to rename."""
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from .methods import METHODS, check_arguments
 from .plan import POLICIES, Plan, plan
 from .pooling import pooling_files
 
+log = logging.getLogger("lowfat")
 AUTO_CLASSES = {"classification": "AutoModelForSequenceClassification", "lm": "AutoModelForCausalLM",
                 "embedding": "AutoModel"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
@@ -94,10 +96,10 @@ def open_model(folder: str | Path, *, task: str | None = None, device: str | tor
         if hasattr(config, "quantization_config"):
             model = load(folder, auto_class=None if fits else name)
         else:
-            model, found = getattr(transformers, name).from_pretrained(folder, dtype="auto", use_safetensors=True,
-                                                                       local_files_only=True, output_loading_info=True)
-            if found["missing_keys"]:
-                missing = sorted(found["missing_keys"])
+            model, missing = _dense(folder, name)
+            if missing and (task or task_of(config)) == "embedding":
+                model, missing = _encoder(folder, name, model, missing)
+            if missing:
                 raise ArgumentError(f"{folder}: has no weights for {', '.join(missing[:3])}; {name} needs them"
                                     + (f" (task {task})" if task else ""))
     except (OSError, ValueError) as error:
@@ -105,6 +107,30 @@ def open_model(folder: str | Path, *, task: str | None = None, device: str | tor
             raise
         raise ArgumentError(f"{folder}: cannot be opened: {str(error).splitlines()[0]}") from error
     return model.eval().to(device), tokenizer
+
+
+def _dense(folder: Path, name: str):
+    """(model of this class, names of the parameters that the folder has no weights for)"""
+    import transformers
+
+    model, found = getattr(transformers, name).from_pretrained(folder, dtype="auto", use_safetensors=True,
+                                                               local_files_only=True, output_loading_info=True)
+    return model, sorted(found["missing_keys"])
+
+
+@torch.no_grad()
+def _encoder(folder: Path, name: str, model, missing: list[str]):
+    """The same for embeddings, which read neither the head that a checkpoint may lack nor the pooler.
+
+    A pooler without weights becomes zeros: a random one would give other files each time, and look like a real one."""
+    if model.base_model is not model:
+        log.warning("%s: has no weights for %s of %s; opened without that head", folder, ", ".join(missing[:3]), name)
+        model, missing = _dense(folder, AUTO_CLASSES["embedding"])
+    if poolers := [key for key in missing if "pooler" in key.split(".")]:
+        log.warning("%s: has no weights for %s; set to zero, embeddings do not read them", folder, ", ".join(poolers))
+    for key in poolers:
+        model.get_parameter(key).zero_()
+    return model, [key for key in missing if key not in poolers]
 
 
 def _check_options(method: str, arguments: dict, policy: str, rows) -> frozenset[str]:
