@@ -94,7 +94,8 @@ def test_retrieval_ranks():
 def test_embedding_task_needs_pairs(tiny_bert):
     pairs = [{"text_a": "the red cat", "text_b": "sees a bird"}, {"text_a": "a tree", "text_b": "near the river"}]
     found = evaluate(tiny_bert.bert, pairs, tokenizer())
-    assert (found["task"], found["pooling"]) == ("embedding", "mean") and found["rows"] == 2 and 0 <= found["recall_at_1"] <= 1
+    assert found["task"] == "embedding" and found["rows"] == 2 and 0 <= found["recall_at_1"] <= 1
+    assert found["pooling"] == "mean"
     with pytest.raises(ArgumentError, match='row 2 has no "text_b"'):
         evaluate(tiny_bert.bert, [pairs[0], {"text": "a"}], tokenizer())
     with pytest.raises(ArgumentError, match="task is 'poetry'"):

@@ -160,7 +160,7 @@ def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
 
 
 def fitting(max_length: int, model) -> int:
-    """max_length; for a model that takes fewer tokens than the default, what it takes. ArgumentError for any other excess."""
+    """max_length, or where the default is more than the model takes, what it takes. ArgumentError for any other excess."""
     limit = _positions(model) or max_length
     if max_length > limit and max_length != MAX_LENGTH:
         raise ArgumentError(f"max_length is {max_length}; {type(model).__name__} takes {limit} tokens")

@@ -88,7 +88,7 @@ def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
 @torch.inference_mode()
 def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_length: int = MAX_LENGTH,
           on_progress=None) -> torch.Tensor:
-    """The embedding of each text, pooled from the last hidden states as the model's folder says, fp32 on the CPU.    [N, d]"""
+    """The embedding of each text, pooled from the last hidden states as the model's folder says; fp32, CPU.    [N, d]"""
     return _embed(model, tokenizer, [{"text": text} for text in texts], batch_size, max_length, on_progress)
 
 

@@ -51,8 +51,8 @@ def pooled(model, batch: Mapping[str, torch.Tensor], pooling: str) -> torch.Tens
 
 def pooling_files(folder: Path) -> dict[str, Path]:
     """The files of sentence-transformers in a model's folder, by their path in it: what a smaller model still needs."""
-    paths = ["1_Pooling", *(path for _, path in _modules(folder) if path)]
-    inside = [file for path in dict.fromkeys(paths) if (folder / path).is_dir() for file in sorted((folder / path).iterdir())]
+    folders = {folder / "1_Pooling", *(folder / path for _, path in _modules(folder) if path)}
+    inside = [file for path in sorted(folders) if path.is_dir() for file in sorted(path.iterdir())]
     found = [folder / name for name in _FILES] + [file for file in inside if file.suffix in _CARRIED]
     return {file.relative_to(folder).as_posix(): file for file in found if file.is_file()}
 
