@@ -68,8 +68,8 @@ MUTANTS = [  # (file, text, its replacement)
     (LAYER, "1 <= rank <= min(in_features, out_features)", "1 <= rank <= max(in_features, out_features)"),
     (LAYER, " or isinstance(size, bool)", ""),
     (LAYER, "tensor.detach().clone(memory_format=torch.contiguous_format)", "tensor.detach()"),  # shares the caller's memory
-    (LAYER, ".split(self.ranks, dim=-1)", ".split(self.ranks, dim=-1)[::-1]"),
-    (LAYER, "linear(h, u, bias) for h", "linear(h, u) for h"),
+    (LAYER, "self.v.split(self.ranks)", "self.v.split(self.ranks)[::-1]"),
+    (LAYER, "low_rank(x, v, u, bias) for v", "low_rank(x, v, u) for v"),
     (LAYER, "layer.in_features != layers[0].in_features", "False"),
     (LAYER, "if tensor.dtype != other.dtype", "if False"),
 ]
@@ -106,7 +106,7 @@ def checks():
         ("copies", layers.test_from_dense_does_not_touch_or_share_the_weight),
         ("merged", lambda: layers.test_merged_is_the_concatenation_and_the_sum(0.5, single)),
         ("merged refuses", layers.test_merged_refuses_by_name),
-        ("group", lambda: layers.test_group_equals_its_layers(single)),
+        ("group", lambda: layers.test_group_gives_the_bits_of_its_layers(single, 4)),
         ("group back", layers.test_group_gives_its_layers_back_bit_for_bit),
     )
     for parameters in _parameters(layers.test_wrong_sizes_are_refused_by_name):
