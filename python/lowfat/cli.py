@@ -12,7 +12,7 @@ import torch
 import typer
 
 from . import hub
-from .data import MAX_LENGTH, TASKS, read_rows
+from .data import TASKS, read_rows
 from .demo import ENCODER, encoder_folder
 from .errors import ArgumentError, DeviceError, LowfatError
 from .methods import METHODS
@@ -42,7 +42,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", hidden=True)]  # hidden: 
 Out = Annotated[Path, typer.Argument(metavar="OUT", hidden=True)]
 Device = Annotated[str, typer.Option(metavar="WHERE", help="auto, cpu or cuda.")]
 Task = Annotated[Optional[str], typer.Option(metavar="NAME", help=f"{', '.join(TASKS)}; default: the model's.")]
-MaxLength = Annotated[int, typer.Option(metavar="TOKENS", help="Longer texts are cut.")]
+MaxLength = Annotated[Optional[int], typer.Option(metavar="TOKENS", help="Longer texts are cut; default 128 or the model's limit.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Texts in a batch.")]
 Samples = Annotated[Optional[int], typer.Option(metavar="N", help="Read only the first N texts.")]
 Dtype = Annotated[Optional[str], typer.Option(metavar="NAME", help="float32, bfloat16, float16; default: as stored.")]
@@ -96,7 +96,7 @@ def factorize(
     ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
     calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Not for svd; fwsvd needs labels.")] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.")] = "allocated",
-    task: Task = None, layers: Layers = None, samples: Samples = None, max_length: MaxLength = MAX_LENGTH,
+    task: Task = None, layers: Layers = None, samples: Samples = None, max_length: MaxLength = None,
     batch_size: BatchSize = 8, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
     """Writes a smaller copy of MODEL, a folder or hub name, to the folder OUT. Killed, the same command continues. TEXTS: a
@@ -125,7 +125,7 @@ def finetune(
     teacher: Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")] = None,
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 300,
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after a tenth of them.")] = 1e-4,
-    task: Task = None, max_length: MaxLength = MAX_LENGTH, batch_size: BatchSize = 32, seed: Seed = 0,
+    task: Task = None, max_length: MaxLength = None, batch_size: BatchSize = 32, seed: Seed = 0,
     save_every: Annotated[int, typer.Option(metavar="STEPS", help="Keep the training state this often.")] = 100,
     device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
@@ -153,7 +153,7 @@ def finetune(
 def evaluate(
     model: Model,
     data: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
-    task: Task = None, samples: Samples = None, max_length: MaxLength = MAX_LENGTH, batch_size: BatchSize = 32,
+    task: Task = None, samples: Samples = None, max_length: MaxLength = None, batch_size: BatchSize = 32,
     dtype: Dtype = None, device: Device = "auto", as_json: Json = False,
 ) -> None:
     """Accuracy or perplexity of MODEL, a folder or hub name; of an encoder, how often it finds text_b from text_a.

@@ -159,12 +159,14 @@ def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
     return [{"input_ids": piece, "labels": piece} if labels else {"input_ids": piece} for piece in cut]
 
 
-def fitting(max_length: int, model) -> int:
-    """max_length, or where the default is more than the model takes, what it takes. ArgumentError for any other excess."""
-    limit = _positions(model) or max_length
-    if max_length > limit and max_length != MAX_LENGTH:
+def fitting(max_length: int | None, model) -> int:
+    """max_length; for None MAX_LENGTH, or what the model takes where that is less. ArgumentError for more than it takes."""
+    limit = _positions(model)
+    if max_length is None:
+        return min(MAX_LENGTH, limit or MAX_LENGTH)
+    if limit and max_length > limit:
         raise ArgumentError(f"max_length is {max_length}; {type(model).__name__} takes {limit} tokens")
-    return min(max_length, limit)
+    return max_length
 
 
 def _positions(model) -> int | None:

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, MAX_LENGTH, examples, fitting, label_ids, padded, padding, slices, task_for
+from .data import IGNORED, examples, fitting, label_ids, padded, padding, slices, task_for
 from .errors import ArgumentError
 from .pooling import pooled, pooling_of
 
 
 @torch.inference_mode()
 def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = None, batch_size: int = 32,
-             max_length: int = MAX_LENGTH, on_progress=None) -> dict:
+             max_length: int | None = None, on_progress=None) -> dict:
     """Numbers of one task on the rows, with the counts behind them.
 
     classification: accuracy. lm: nats_per_token and perplexity over every token that has one before it in its piece.
@@ -86,13 +86,13 @@ def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
 
 
 @torch.inference_mode()
-def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_length: int = MAX_LENGTH,
+def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_length: int | None = None,
           on_progress=None) -> torch.Tensor:
     """The embedding of each text, pooled from the last hidden states as the model's folder says; fp32, CPU.    [N, d]"""
     return _embed(model, tokenizer, [{"text": text} for text in texts], batch_size, max_length, on_progress)
 
 
-def _embed(model, tokenizer, rows, batch_size: int, max_length: int, on_progress) -> torch.Tensor:
+def _embed(model, tokenizer, rows, batch_size: int, max_length: int | None, on_progress) -> torch.Tensor:
     pooling = pooling_of(model)
     found = examples(rows, tokenizer, "embedding", max_length=fitting(max_length, model))
     order = sorted(range(len(found)), key=lambda index: len(found[index]["input_ids"]))  # like lengths need no padding

@@ -9,7 +9,7 @@ import torch
 from . import progress, storage
 from .calibrate import calibrate
 from .checkpoint import load, save
-from .data import MAX_LENGTH, batches, fitting, padding, task_for, task_of
+from .data import batches, fitting, padding, task_for, task_of
 from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
 from .factorize import Report, check_weights, factorize
 from .layers import factorizable
@@ -29,7 +29,7 @@ _MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what dec
 def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio: float, policy: str = "per_matrix",
                      layers: Sequence[str] | None = None, arguments: Mapping | None = None,
                      rows: Sequence[Mapping] | None = None, task: str | None = None, batch_size: int = 8,
-                     max_length: int = MAX_LENGTH, device: str | torch.device = "cpu", overwrite: bool = False,
+                     max_length: int | None = None, device: str | torch.device = "cpu", overwrite: bool = False,
                      on_progress=None) -> Report:
     """Loads a model, calibrates it on the rows, plans, factorizes and saves.
 
@@ -151,7 +151,7 @@ def _files(folder: Path) -> dict[str, str]:
     return {name: digest(path) for name, path in (found | pooling_files(folder)).items()}
 
 
-def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:
+def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int | None) -> list[dict]:
     if "fisher" in needs and task == "embedding":
         raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
     return batches(rows, tokenizer, task, batch_size=batch_size, max_length=fitting(max_length, model),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import progress, storage
-from ..data import MAX_LENGTH, examples, fitting, label_ids, padded, padding, task_for
+from ..data import examples, fitting, label_ids, padded, padding, task_for
 from ..errors import ArgumentError, DeviceError
 from ..evaluate import check_rows, evaluate
 from ..pooling import carry_pooling, pooling_of
@@ -36,7 +36,7 @@ class TrainReport:
 
 def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, teacher=None, teacher_tokenizer=None,
              validation: Sequence[Mapping] | None = None, steps: int, learning_rate: float = 1e-4, batch_size: int = 32,
-             max_length: int = MAX_LENGTH, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
+             max_length: int | None = None, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
              seed: int = 0, out: str | Path | None = None, overwrite: bool = False, save_every: int = 100,
              on_progress=None) -> TrainReport:
     """Trains every parameter of the model in place; with out, writes the trained model there.
