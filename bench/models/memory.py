@@ -3,15 +3,20 @@
     python bench/models/memory.py --work DIR [--out bench/results/memory.json]
 
 Three processes, so that no peak hides another: one makes the model, one calibrates into DIR/stats, one factorizes.
-The promise: peak RSS - RSS before loading <= weight bytes + 1.5 x (fp32 weight + Gram + factors) of the largest layer.
+The target: peak RSS - RSS before loading <= weight bytes + 1.5 x (fp32 weight + Gram + factors) of the largest layer.
 """
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from timing import header  # noqa: E402
 
 LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
                 vocab_size=32768, tie_word_embeddings=True, max_position_embeddings=2048)
@@ -27,7 +32,6 @@ def rss_bytes(field: str) -> int:
 
 
 def make(work: Path) -> dict:
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -49,7 +53,6 @@ def measured(load_and_run) -> dict:
 
 
 def calibrate(work: Path) -> dict:
-    import torch
     from transformers import AutoModelForCausalLM
 
     import lowfat
@@ -96,7 +99,7 @@ def main() -> None:
     if args.step:
         print(json.dumps(STEPS[args.step](args.work)))
         return
-    results = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+    results = {"about": header(torch.get_num_threads()) | {"transformers": version("transformers")}}
     for step in STEPS:
         child = subprocess.run([sys.executable, __file__, "--work", str(args.work), "--step", step],
                                stdout=subprocess.PIPE, text=True, check=True)
