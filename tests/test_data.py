@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from lowfat.data import IGNORED, MAX_LENGTH, batches, examples, fitting, label_ids, padded, read_rows, task_for, task_of
+from lowfat.data import IGNORED, batches, examples, label_ids, padded, read_rows, task_for, task_of
 from lowfat.errors import ArgumentError, FormatError
 from tiny_text import bare_tokenizer, rows, tokenizer
 
@@ -122,15 +122,6 @@ def test_rows_of_two_kinds_and_lm_pairs_are_refused():
         examples(mixed, tokenizer(), "classification")
     with pytest.raises(ArgumentError, match='"text"'):
         examples(mixed[1:], tokenizer(), "lm")
-
-
-def test_the_default_length_is_shortened_to_the_model_and_any_other_is_refused(tiny_bert, tiny_gpt2):
-    assert fitting(None, tiny_bert) == fitting(None, tiny_gpt2) == 40 and fitting(39, tiny_bert) == 39
-    for longer in (41, MAX_LENGTH):  # said by the user, even when it is the default
-        with pytest.raises(ArgumentError, match=f"max_length is {longer}; GPT2LMHeadModel takes 40 tokens"):
-            fitting(longer, tiny_gpt2)
-    tiny_bert.config.max_position_embeddings = -1  # XLNet's way of saying any number
-    assert fitting(500, tiny_bert) == 500
 
 
 def test_texts_without_tokens_are_named():

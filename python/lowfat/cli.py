@@ -110,7 +110,7 @@ def factorize(
 
     where, rows = device_of(device), calibrate and first(read_rows(calibrate), samples)
     with bar("opening") as tell:
-        report = factorize_folder(folder_of(model), out_folder, method=method, ratio=ratio, policy=policy,
+        report = factorize_folder(model_folder(model), out_folder, method=method, ratio=ratio, policy=policy,
                                   layers=layers or None, rows=rows, task=task, batch_size=batch_size,
                                   max_length=max_length, device=where, overwrite=overwrite,
                                   on_progress=lambda phase, done, total, what: tell(done, total, phase))
@@ -140,8 +140,8 @@ def finetune(
 
     where, rows, judged = device_of(device), read_rows(train), validation and read_rows(validation)
     with bar("opening") as tell:
-        student, tokenizer = open_model(folder_of(model), task=task, device=where)
-        followed, its_tokenizer = open_model(folder_of(teacher), task=task, device=where) if teacher else (None, None)
+        student, tokenizer = open_model(model_folder(model), task=task, device=where)
+        followed, its_tokenizer = open_model(model_folder(teacher), task=task, device=where) if teacher else (None, None)
         report = strategy(student, rows, tokenizer=tokenizer, task=task, teacher=followed, teacher_tokenizer=its_tokenizer,
                           validation=judged, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
                           max_length=max_length, seed=seed, save_every=save_every,
@@ -165,7 +165,7 @@ def evaluate(
 
     where, rows = device_of(device), first(read_rows(data), samples)
     with bar("opening") as tell:
-        opened, tokenizer = open_model(folder_of(model), task=task, device=where)
+        opened, tokenizer = open_model(model_folder(model), task=task, device=where)
         found = judge(opened.to(dtype_of(dtype, opened.dtype)), rows, tokenizer, task=task, batch_size=batch_size,
                       max_length=max_length, on_progress=tell)
     print_json(found) if as_json else show_numbers(found)
@@ -191,8 +191,8 @@ def inspect(
     if plot:
         check_file(plot)
     with bar("opening") as tell:
-        opened, _ = open_model(folder_of(model), reads_text=False)
-        original = open_model(folder_of(base), reads_text=False)[0] if base else None
+        opened, _ = open_model(model_folder(model), reads_text=False)
+        original = open_model(model_folder(base), reads_text=False)[0] if base else None
         found = spectra(opened, base=original, layers=layers or None, on_progress=partial(tell, stage="spectra"))
     if plot:
         draw(found, plot, title=Path(model).name)
@@ -214,7 +214,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what options mean
-def folder_of(name: str) -> Path:
+def model_folder(name: str) -> Path:
     """The folder of a model: by its path, its hub name, or the short name of the demo's encoder."""
     is_demos = name in (ENCODER, f"sentence-transformers/{ENCODER}") and not Path(name).exists()
     return encoder_folder() if is_demos else hub.folder_of(name)

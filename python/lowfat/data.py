@@ -1,16 +1,12 @@
 """Rows of text from a file, and the tokenized batches that calibration, training and evaluation share."""
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .errors import ArgumentError, FormatError
 
-log = logging.getLogger("lowfat")
 MAX_LENGTH = 128  # tokens; the default of everything that tokenizes
 TASKS = ("classification", "lm", "embedding")
 IGNORED = -100  # label of a token without loss, such as padding, as torch and transformers have it
@@ -119,7 +115,7 @@ def examples(rows: Sequence[Mapping], tokenizer, task: str, *, max_length: int =
         places = [(number, key) for number, row in enumerate(rows, 1) for key in ("text", "text_a", "text_b") if key in row]
         found = _tokens(tokenizer, [rows[number - 1][key] for number, key in places], None, max_length)
         return _filled(found, [f"row {number}: {key}" for number, key in places])
-    if _pad_id(tokenizer) is None:
+    if pad_id(tokenizer) is None:
         raise ArgumentError("tokenizer: has neither a pad nor an end token, and batches need one; set tokenizer.pad_token")
     if len({"text" in row for row in rows}) > 1:
         raise ArgumentError('some rows have "text" and some have "text_a" and "text_b"; needs one kind')
@@ -159,33 +155,12 @@ def _pieces(rows, tokenizer, max_length: int, labels: bool) -> list[dict]:
     return [{"input_ids": piece, "labels": piece} if labels else {"input_ids": piece} for piece in cut]
 
 
-def fitting(max_length: int | None, model) -> int:
-    """max_length; for None MAX_LENGTH, or what the model takes where that is less. ArgumentError for more than it takes."""
-    limit = _positions(model)
-    if max_length is None:
-        return min(MAX_LENGTH, limit or MAX_LENGTH)
-    if limit and max_length > limit:
-        raise ArgumentError(f"max_length is {max_length}; {type(model).__name__} takes {limit} tokens")
-    return max_length
-
-
-def _positions(model) -> int | None:
-    """How many tokens a model takes, None for any number.
-
-    RoBERTa and its kin keep the rows up to padding_idx of their position table for padding: 514 rows are 512 positions."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    rows = getattr(model.config, "max_position_embeddings", None)
-    return rows if rows and rows > 0 else None
-
-
 def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.Tensor]:
     """One batch, padded on the right: input_ids, attention_mask [b, t], labels [b] or, for lm, [b, t].
 
     lm labels repeat input_ids, not shifted: the models and our losses shift them by themselves."""
     length = max(len(example["input_ids"]) for example in found)
-    fill = {"input_ids": _pad_id(tokenizer) or 0, "labels": IGNORED}  # 0 where there is none: masked anyway
+    fill = {"input_ids": pad_id(tokenizer) or 0, "labels": IGNORED}  # 0 where there is none: masked anyway
 
     def column(name):
         values = [example[name] for example in found]
@@ -198,27 +173,8 @@ def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.
     return {"attention_mask": mask} | {name: column(name) for name in found[0]}
 
 
-def _pad_id(tokenizer) -> int | None:
+def pad_id(tokenizer) -> int | None:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-@contextmanager
-def padding(tokenizer, task: str, *models) -> Iterator[None]:
-    """Inside, classifiers know the token that `padded` fills with: GPT-2, Llama and others classify at the last token that
-    is not config.pad_token_id, and refuse batches when it is not set, as in most of their checkpoints."""
-    if task != "classification":
-        yield
-        return
-    if tokenizer.pad_token_id is None:
-        log.warning("the tokenizer has no pad token: texts are padded with its end token %r", tokenizer.eos_token)
-    before = [model.config.pad_token_id for model in models]
-    for model in models:
-        model.config.pad_token_id = _pad_id(tokenizer)
-    try:
-        yield
-    finally:
-        for model, token in zip(models, before):
-            model.config.pad_token_id = token
 
 
 def batches(rows: Sequence[Mapping], tokenizer, task: str, *, batch_size: int = 32, max_length: int = MAX_LENGTH,

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, examples, fitting, label_ids, padded, padding, slices, task_for
+from .data import IGNORED, examples, label_ids, padded, slices, task_for
 from .errors import ArgumentError
-from .pooling import pooled, pooling_of
+from .model_inputs import fitting, padding
+from .pooling import pooling_of
 
 
 @torch.inference_mode()
@@ -104,6 +105,17 @@ def _embed(model, tokenizer, rows, batch_size: int, max_length: int | None, on_p
     finally:
         model.train(was_training)
     return torch.empty_like(states).index_copy_(0, torch.tensor(order), states)
+
+
+def pooled(model, batch: Mapping[str, torch.Tensor], pooling: str) -> torch.Tensor:
+    """One embedding of each text from the base model's last hidden states, in fp32; texts are padded on the right.    [b, d]
+
+    mean: over the attention mask. cls: that of the first token."""
+    states = model.base_model(**batch).last_hidden_state.float()
+    if pooling == "cls":
+        return states[:, 0]
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    return (states * mask).sum(1) / mask.sum(1)
 
 
 def _batches(model, found: list[dict], tokenizer, batch_size: int, what: str, on_progress) -> Iterator[dict]:

@@ -9,12 +9,13 @@ import torch
 from . import progress, storage
 from .calibrate import calibrate
 from .checkpoint import load, save
-from .data import batches, fitting, padding, task_for, task_of
+from .data import batches, task_for, task_of
 from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
 from .factorize import Report, check_weights, factorize
 from .layers import factorizable
 from .manifest import digest
 from .methods import METHODS, check_arguments
+from .model_inputs import fitting, padding
 from .plan import POLICIES, Plan, plan
 from .pooling import pooling_files
 

@@ -3,10 +3,7 @@
 modules.json lists what follows the model, 1_Pooling/config.json says how to pool. A folder without them is pooled by mean.
 """
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from .errors import FormatError, UnsupportedError
 from .manifest import plain_path
@@ -36,17 +33,6 @@ def pooling_of(model) -> str:
     if mode not in ("mean", "cls"):
         raise UnsupportedError(f"{folder / path / CONFIG}: pooling by {mode} is not supported; mean and cls are")
     return mode
-
-
-def pooled(model, batch: Mapping[str, torch.Tensor], pooling: str) -> torch.Tensor:
-    """One embedding of each text from the base model's last hidden states, in fp32; texts are padded on the right.    [b, d]
-
-    mean: over the attention mask. cls: that of the first token."""
-    states = model.base_model(**batch).last_hidden_state.float()
-    if pooling == "cls":
-        return states[:, 0]
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    return (states * mask).sum(1) / mask.sum(1)
 
 
 def pooling_files(folder: Path) -> dict[str, Path]:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from .. import progress, storage
-from ..data import examples, fitting, label_ids, padded, padding, task_for
+from ..data import examples, label_ids, padded, task_for
 from ..errors import ArgumentError, DeviceError
 from ..evaluate import check_rows, evaluate
+from ..model_inputs import fitting, padding
 from ..pooling import carry_pooling, pooling_of
 from ..structures import STRUCTURES
 from .objective import Objective

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
-from ..evaluate import next_token_losses
-from ..pooling import pooled, pooling_of
+from ..evaluate import next_token_losses, pooled
+from ..pooling import pooling_of
 
 
 class Objective(nn.Module):
