@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from lowfat import show
 from lowfat.cli import app, main
+from lowfat.errors import ArgumentError
 
 COMMANDS = ("demo", "factorize", "finetune", "evaluate", "inspect", "doctor")
 STAGE = re.compile(r"(\w+): \d+ s")  # a line of progress where stderr is no terminal
@@ -280,6 +281,22 @@ def test_a_long_stage_speaks_every_minute(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "opening: 0 s", "training, loss 4: 75 s so far (40 %)", "training, loss 7: 150 s so far (70 %)",
         "training, loss 10: 225 s so far (100 %)", "training: 250 s"]
+
+
+def test_beside_the_seconds_of_a_stage_stands_no_share_of_the_whole(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(show.time, "monotonic", lambda: now)
+
+    def run(*_, on_progress, **__):  # a demo in its second stage
+        nonlocal now
+        for share in (0.7, 0.8, 0.9):
+            on_progress(share, "distillation")
+            now += 60
+        raise ArgumentError("enough")
+
+    monkeypatch.setattr("lowfat.demo.run", run)
+    lines = lowfat("demo", code=2).stderr.splitlines()
+    assert lines[1:3] == ["distillation: 60 s so far", "distillation: 120 s so far"]
 
 
 def test_inspect_before_and_after(work, dense, texts):

@@ -85,7 +85,7 @@ def demo(folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Fold
 
     with bar("opening") as tell:
         result = job.run(folder, overwrite=overwrite, device=device_of(device),
-                         on_progress=lambda share, what: tell(share, 1, what))
+                         on_progress=lambda share, what: tell(share, 1, what, of_all=True))
     show_demo(result, folder, job)
 
 

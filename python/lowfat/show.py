@@ -24,7 +24,8 @@ MINUTE = 60.0  # seconds
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[..., None]]:
-    """Gives tell(done, total, what, stage=what): on a terminal a bar with the time left, elsewhere a line for each stage."""
+    """Gives tell(done, total, what, stage=what, of_all=False): on a terminal a bar with the time left, elsewhere a line for
+    each stage. of_all: done and total are of all stages together."""
     if not err.is_terminal:
         stages = Lines(what)
         yield stages.tell
@@ -35,7 +36,7 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task(what, total=None)
 
-        def tell(done: float, total: float, now: str, stage: str | None = None) -> None:
+        def tell(done: float, total: float, now: str, stage: str | None = None, of_all: bool = False) -> None:
             nonlocal task
             if done < progress.tasks[0].completed:  # another phase: it has its own speed
                 progress.remove_task(task)
@@ -55,12 +56,13 @@ class Lines:
         self.stage = stage
         self.started = self.spoken = time.monotonic()
 
-    def tell(self, done: float, total: float, now: str, stage: str | None = None) -> None:
+    def tell(self, done: float, total: float, now: str, stage: str | None = None, of_all: bool = False) -> None:
         if (stage or now) != self.stage:
             self.end()
             self._start(stage or now)
         elif time.monotonic() - self.spoken >= MINUTE:
-            self._print(f"{now}: {self._seconds()} so far ({100 * done / total:.0f} %)")
+            share = "" if of_all else f" ({100 * done / total:.0f} %)"  # beside seconds of the stage, only that of the stage
+            self._print(f"{now}: {self._seconds()} so far{share}")
 
     def end(self) -> None:
         self._print(f"{self.stage}: {self._seconds()}")
