@@ -89,6 +89,19 @@ def test_one_sentence_says_what_runs_and_what_cannot(changes, said):
     assert all(part in summary for part in said), summary
 
 
+@pytest.mark.parametrize("changes", [
+    {"gpus": [H200]},  # torch without CUDA
+    {"gpus": [H200], "cuda": {"built": "13.0"}, "environment": {"CUDA_VISIBLE_DEVICES": ""}},
+    {"gpus": [H200], "cuda": {"built": "13.0", "fault": "CUDA error: unspecified launch failure"}},
+    {"cuda": {"built": "13.0", "fault": "CUDA error: unspecified launch failure"}},
+    WITH_GPU | {"cuda": WITH_GPU["cuda"] | {"fault": "CUDA error: unspecified launch failure"}}])
+def test_where_a_gpu_is_the_cause_is_left_to_the_advice(changes):
+    known = facts(**changes)
+    summary = doctor.summary(known)
+    assert "cannot be used here before the problem named in the advice" in summary and doctor.advice(known)
+    assert "need" not in summary and "sees no GPU" not in summary and "the CUDA kernels, which" not in summary
+
+
 def test_a_compiled_library_needs_no_second_installation_for_another_torch():
     # one library serves every torch from 2.11 on: only where it has no CUDA kernels is there something to build
     assert "lowfat again" not in doctor.advice(facts(gpus=[H200]))[0]

@@ -95,8 +95,11 @@ def summary(known: dict) -> str:
     if not known["library"]:
         return "Every op runs its plain torch reference here: correct, and slower than the kernels."
     sentence = f"The CPU runs lowfat's {known['cpu']['level']} kernels"
-    devices, built = known["cuda"]["devices"], known["cuda"]["built"]
+    devices, built, fault = (known["cuda"][key] for key in ("devices", "built", "fault"))
     archs = known["build"]["cuda_archs"]
+    unused = f"{sentence}; the CUDA kernels are compiled, have never run on a GPU, and cannot be used here"
+    if archs and (fault or known["gpus"] and not devices):  # there is a GPU: the cause is among the problems
+        return f"{unused} before the problem named in the advice is solved."
     able = [device["name"] for device in devices if runs_on(archs, device["arch"])]
     if able:
         return f"{sentence}, {', '.join(able)} the CUDA kernels, which have never run on a GPU before."
@@ -109,8 +112,7 @@ def summary(known: dict) -> str:
     else:
         why = f"this torch, {known['versions']['torch']}, is built without CUDA"
         change = "a CUDA build of torch (https://pytorch.org/get-started) and an NVIDIA GPU; lowfat itself stays as it is"
-    return (f"{sentence}; the CUDA kernels are compiled, have never run on a GPU, and cannot be used here because {why}: "
-            f"to use them you need {change}.")
+    return f"{unused} because {why}: to use them you need {change}."
 
 
 def advice(known: dict) -> list[str]:
