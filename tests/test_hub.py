@@ -1,11 +1,13 @@
 """What a model's name means, and what is said where the hub does not have it or cannot be asked."""
+import errno
+import os
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from lowfat.errors import ArgumentError
+from lowfat.errors import ArgumentError, StorageError
 from lowfat.hub import folder_of
 
 RESPONSE = SimpleNamespace(headers={}, status_code=404, request=None)
@@ -18,7 +20,11 @@ RESPONSE = SimpleNamespace(headers={}, status_code=404, request=None)
      ["cannot be reached", "check the network"]),
     (errors.RepositoryNotFoundError("404 Client Error", response=RESPONSE), False, ["no such model", "hf auth login"]),
     (errors.GatedRepoError("403 Client Error", response=RESPONSE), False, ["asks for permission", "model's page"]),
-    (errors.HFValidationError("Cannot have -- or .."), False, ["cannot be a name", "spelling"])])
+    (errors.HFValidationError("Cannot have -- or .."), False, ["cannot be a name", "spelling"]),
+    (ConnectionResetError(104, "Connection reset by peer"), False, ["cannot be reached", "check the network"]),
+    (errors.HTTPError("the connection was dropped amid a file"), False, ["cannot be reached", "check the network"]),
+    (OSError("Consistency check failed: file should be of size 9\nPlease retry"), False,
+     ["Consistency check failed: file should be of size 9"])])
 def test_one_line_says_what_was_asked_for_why_not_and_what_to_do(monkeypatch, error, is_offline, said):
     def snapshot_download(*_, **__):
         raise error
@@ -31,6 +37,17 @@ def test_one_line_says_what_was_asked_for_why_not_and_what_to_do(monkeypatch, er
     assert message.startswith("someone/model: no such folder, and not to be fetched from the Hugging Face hub: ")
     assert all(part in message for part in said) and "\n" not in message
     assert "Error" not in message and "Errno" not in message  # the cause is kept for a traceback, not for the reader
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
+def test_a_disk_that_fails_is_not_called_the_network(monkeypatch, code):
+    def snapshot_download(*_, **__):
+        raise OSError(code, os.strerror(code), "/cache/models--someone--model")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(StorageError, match=f"/cache/models--someone--model: {os.strerror(code)}") as raised:
+        folder_of("someone/model")
+    assert "network" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "../model", "./model", "a/b/c", ".hidden", "two words", "model/"])

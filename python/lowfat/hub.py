@@ -1,10 +1,15 @@
 """Where a model's files are: a local folder, or the copy that the Hugging Face hub's client keeps of a model."""
+import errno
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ArgumentError
+from .errors import ArgumentError, StorageError
 
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # no pickle is ever fetched
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 def folder_of(name: str) -> Path:
@@ -13,31 +18,47 @@ def folder_of(name: str) -> Path:
     What cannot be a hub name is a path, and whoever opens it says what is wrong with it."""
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         return Path(name)
-    return fetched(name)
+    return fetched(name, otherwise=", or give the path of a folder")
 
 
-def fetched(name: str) -> Path:
-    """The hub's model on this disk, downloaded if need be."""
+def fetched(name: str, *, otherwise: str = "") -> Path:
+    """The hub's model on this disk, downloaded if need be. otherwise: what else the user could do, for the message.
+
+    ArgumentError: not to be had. StorageError: the disk does not take it."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with _named(f"{name}: no such folder, and not to be fetched from the Hugging Face hub", otherwise):
         return Path(snapshot_download(name, allow_patterns=list(WANTED)))
-    except (OSError, ValueError) as error:  # the client's own errors derive from these two
-        why, what_to_do = _explained(error)
-        raise ArgumentError(f"{name}: no such folder, and not to be fetched from the Hugging Face hub: {why}; "
-                            f"{what_to_do}") from error
 
 
-def _explained(error: Exception) -> tuple[str, str]:
-    """(why, what to do)"""
+@contextmanager
+def _named(what: str, otherwise: str = "") -> Iterator[None]:
+    """Turns the client's errors, and the network's and disk's that come through it, into ours."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (OSError, ValueError, errors.HTTPError) as error:
+        if getattr(error, "errno", None) in _DISK:
+            raise StorageError(f"{what}: {error.filename or 'the disk'}: {error.strerror}") from error
+        raise ArgumentError(f"{what}: {_explained(error, otherwise)}") from error
+
+
+def _explained(error: Exception, otherwise: str) -> str:
+    """Why, and what to do."""
     from huggingface_hub import errors, is_offline_mode
 
     if isinstance(error, errors.GatedRepoError):
-        return "it asks for permission first", "request it on the model's page, then log in with  hf auth login"
+        return "it asks for permission first; request it on the model's page, then log in with  hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such model, or it is private", "check the name, or log in with  hf auth login"
-    if isinstance(error, ValueError):
-        return "this cannot be a name on it", "check the spelling, or give the path of a folder"
+        return "there is no such model, or it is private; check the name, or log in with  hf auth login"
+    if isinstance(error, errors.HFValidationError):
+        return f"this cannot be a name on it; check the spelling{otherwise}"
+    # what the network does to a download reaches us as Python's errors or as those of the client's HTTP library
+    is_network = isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror)) or (
+        isinstance(error, errors.HTTPError) and not isinstance(error, errors.HfHubHTTPError))
+    if not is_network:
+        return next(iter(str(error).splitlines()), type(error).__name__)
     if is_offline_mode():
-        return "HF_HUB_OFFLINE is set, and no copy is kept here", "unset it, or give the path of a folder"
-    return "it cannot be reached, and no copy is kept here", "check the network, or give the path of a folder"
+        return f"HF_HUB_OFFLINE is set, and no copy is kept here; unset it{otherwise}"
+    return f"it cannot be reached, and no copy is kept here; check the network{otherwise}"
