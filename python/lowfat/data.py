@@ -115,8 +115,7 @@ def examples(rows: Sequence[Mapping], tokenizer, task: str, *, max_length: int =
         places = [(number, key) for number, row in enumerate(rows, 1) for key in ("text", "text_a", "text_b") if key in row]
         found = _tokens(tokenizer, [rows[number - 1][key] for number, key in places], None, max_length)
         return _filled(found, [f"row {number}: {key}" for number, key in places])
-    if pad_id(tokenizer) is None:
-        raise ArgumentError("tokenizer: has neither a pad nor an end token, and batches need one; set tokenizer.pad_token")
+    classifier_pad_id(tokenizer)
     if len({"text" in row for row in rows}) > 1:
         raise ArgumentError('some rows have "text" and some have "text_a" and "text_b"; needs one kind')
     first, second = ("text", None) if "text" in rows[0] else ("text_a", "text_b")
@@ -160,7 +159,7 @@ def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.
 
     lm labels repeat input_ids, not shifted: the models and our losses shift them by themselves."""
     length = max(len(example["input_ids"]) for example in found)
-    fill = {"input_ids": pad_id(tokenizer) or 0, "labels": IGNORED}  # 0 where there is none: masked anyway
+    fill = {"input_ids": _pad_id(tokenizer) or 0, "labels": IGNORED}  # 0 where there is none: masked anyway
 
     def column(name):
         values = [example[name] for example in found]
@@ -173,7 +172,14 @@ def padded(found: Sequence[Mapping], tokenizer, device=None) -> dict[str, torch.
     return {"attention_mask": mask} | {name: column(name) for name in found[0]}
 
 
-def pad_id(tokenizer) -> int | None:
+def classifier_pad_id(tokenizer) -> int:
+    """The token that fills up texts, for models that look for it. ArgumentError: the tokenizer has none that could."""
+    if (found := _pad_id(tokenizer)) is None:
+        raise ArgumentError("tokenizer: has neither a pad nor an end token, and batches need one; set tokenizer.pad_token")
+    return found
+
+
+def _pad_id(tokenizer) -> int | None:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 

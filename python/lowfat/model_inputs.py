@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .data import MAX_LENGTH, pad_id
+from .data import MAX_LENGTH, classifier_pad_id
 from .errors import ArgumentError
 
 log = logging.getLogger("lowfat")
@@ -39,13 +39,14 @@ def padding(tokenizer, task: str, *models) -> Iterator[None]:
     if task != "classification":
         yield
         return
+    token = classifier_pad_id(tokenizer)
     if tokenizer.pad_token_id is None:
         log.warning("the tokenizer has no pad token: texts are padded with its end token %r", tokenizer.eos_token)
     before = [model.config.pad_token_id for model in models]
     for model in models:
-        model.config.pad_token_id = pad_id(tokenizer)
+        model.config.pad_token_id = token
     try:
         yield
     finally:
-        for model, token in zip(models, before):
-            model.config.pad_token_id = token
+        for model, old in zip(models, before):
+            model.config.pad_token_id = old
