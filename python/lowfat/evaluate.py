@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, examples, label_ids, padded, slices, task_for
+from .data import IGNORED, examples, padded, slices, task_for
 from .errors import ArgumentError
 from .model_inputs import fitting, padding
 from .pooling import pooling_of
@@ -20,48 +20,51 @@ def evaluate(model, rows: Sequence[Mapping], tokenizer, *, task: str | None = No
     embedding: recall_at_1 and mrr of finding text_b from text_a among all text_b of the rows; pooling, "mean" or "cls".
     on_progress(done, total, what) counts rows, pieces or texts."""
     task = task_for(model, task)
-    check_rows(rows, task, model)
-    max_length = fitting(max_length, model)
+    found = judged(rows, tokenizer, task, model, max_length=max_length)
     measure = {"classification": _accuracy, "lm": _perplexity, "embedding": _retrieval}[task]
     was_training = model.training
     model.eval()
     try:
         with padding(tokenizer, task, model):
-            return {"task": task, "rows": len(rows)} | measure(model, rows, tokenizer, batch_size, max_length, on_progress)
+            return {"task": task, "rows": len(rows)} | measure(model, found, tokenizer, batch_size, on_progress)
     finally:
         model.train(was_training)
 
 
-def check_rows(rows: Sequence[Mapping], task: str, model) -> None:
-    """ArgumentError unless the rows have what this task is measured on."""
+def judged(rows: Sequence[Mapping], tokenizer, task: str, model, *, max_length: int | None,
+           label2id: Mapping[str, int] | None = None) -> list[dict]:
+    """The rows as the examples that this task is measured on; ArgumentError where they lack what it needs.
+
+    label2id: instead of the model's own."""
     if not rows:
         raise ArgumentError("no rows to evaluate on")
-    if task == "classification":
-        label_ids(rows, model.config.label2id)
     for number, row in enumerate(rows, 1) if task == "embedding" else ():
         for key in ("text_b", "text_a"):
             if key not in row:
                 raise ArgumentError(f'row {number} has no "{key}"; retrieval needs "text_a" and "text_b" in every row')
+    if task == "embedding":
+        rows = [{"text_a": row["text_a"], "text_b": row["text_b"]} for row in rows]  # without a "text" of their own
+    found = examples(rows, tokenizer, task, max_length=fitting(max_length, model),
+                     label2id=label2id or model.config.label2id)
+    if task == "lm" and all(len(piece["input_ids"]) < 2 for piece in found):
+        raise ArgumentError("the texts have fewer than two tokens; perplexity needs a token to predict")
+    return found
 
 
-def _accuracy(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
+def _accuracy(model, found, tokenizer, batch_size, on_progress) -> dict:
     correct = 0
-    found = examples(rows, tokenizer, "classification", max_length=max_length, label2id=model.config.label2id)
     for batch in _batches(model, found, tokenizer, batch_size, "accuracy", on_progress):
         labels = batch.pop("labels")
         correct += (model(**batch).logits.argmax(-1) == labels).sum().item()
-    return {"accuracy": correct / len(rows), "correct": correct}
+    return {"accuracy": correct / len(found), "correct": correct}
 
 
-def _perplexity(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
+def _perplexity(model, found, tokenizer, batch_size, on_progress) -> dict:
     nats, tokens = 0.0, 0
-    pieces = examples(rows, tokenizer, "lm", max_length=max_length)
-    for batch in _batches(model, pieces, tokenizer, batch_size, "perplexity", on_progress):
+    for batch in _batches(model, found, tokenizer, batch_size, "perplexity", on_progress):
         labels = batch.pop("labels")
         losses, count = next_token_losses(model(**batch).logits, labels)
         nats, tokens = nats + losses.double().sum().item(), tokens + count
-    if not tokens:
-        raise ArgumentError("the texts have fewer than two tokens; perplexity needs a token to predict")
     return {"nats_per_token": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
 
 
@@ -72,10 +75,10 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch
     return losses, int((targets != IGNORED).sum())
 
 
-def _retrieval(model, rows, tokenizer, batch_size, max_length, on_progress) -> dict:
-    pairs = [{"text_a": row["text_a"], "text_b": row["text_b"]} for row in rows]
-    found = _embed(model, tokenizer, pairs, batch_size, max_length, on_progress)
-    return retrieval(found[0::2], found[1::2]) | {"pooling": pooling_of(model)}
+def _retrieval(model, found, tokenizer, batch_size, on_progress) -> dict:
+    pooling = pooling_of(model)
+    embedded = _embed(model, found, tokenizer, pooling, batch_size, on_progress)
+    return retrieval(embedded[0::2], embedded[1::2]) | {"pooling": pooling}
 
 
 def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
@@ -90,12 +93,12 @@ def retrieval(queries: torch.Tensor, answers: torch.Tensor) -> dict:
 def embed(model, tokenizer, texts: Sequence[str], *, batch_size: int = 32, max_length: int | None = None,
           on_progress=None) -> torch.Tensor:
     """The embedding of each text, pooled from the last hidden states as the model's folder says; fp32, CPU.    [N, d]"""
-    return _embed(model, tokenizer, [{"text": text} for text in texts], batch_size, max_length, on_progress)
-
-
-def _embed(model, tokenizer, rows, batch_size: int, max_length: int | None, on_progress) -> torch.Tensor:
-    pooling = pooling_of(model)
+    rows = [{"text": text} for text in texts]
     found = examples(rows, tokenizer, "embedding", max_length=fitting(max_length, model))
+    return _embed(model, found, tokenizer, pooling_of(model), batch_size, on_progress)
+
+
+def _embed(model, found: list[dict], tokenizer, pooling: str, batch_size: int, on_progress) -> torch.Tensor:
     order = sorted(range(len(found)), key=lambda index: len(found[index]["input_ids"]))  # like lengths need no padding
     was_training = model.training
     model.eval()

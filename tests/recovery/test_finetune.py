@@ -17,7 +17,7 @@ from lowfat.evaluate import embed, evaluate
 from lowfat.progress import tensors_digest
 from lowfat.recovery import finetune
 from lowfat.recovery.objective import Objective
-from tiny_text import classifier, rows, tokenizer
+from tiny_text import bare_tokenizer, classifier, rows, tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +214,8 @@ def test_training_that_explodes_stops():
     ({"autocast": "bf16"}, "autocast is 'bf16'"),
     ({"task": "poetry"}, "task is 'poetry'"), ({"task": "embedding"}, "teacher is missing"), ({"data": []}, "no rows"),
     ({"data": [{"text": "a"}]}, 'row 1 has no "label"'), ({"validation": [{"text": "a"}]}, 'no "label"'),
-    ({"validation": [{"text": "a", "label": 2}]}, "label 2"), ({"out": "missing/out"}, "does not exist"),
+    ({"validation": [{"text": "a", "label": 2}]}, "label 2"),
+    ({"validation": [{"text": "", "label": 1}], "tokenizer": bare_tokenizer()}, "row 1 has no tokens"), ({"out": "missing/out"}, "does not exist"),
     ({"max_length": 41}, "max_length is 41; BertForSequenceClassification takes 40 tokens"),
     ({"task": "lm"}, "BertForSequenceClassification is a model for classification"), ({"validation": []}, "no rows"),
 ])

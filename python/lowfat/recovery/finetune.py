@@ -12,7 +12,7 @@ import torch
 from .. import progress, storage
 from ..data import examples, label_ids, padded, task_for
 from ..errors import ArgumentError, DeviceError
-from ..evaluate import check_rows, evaluate
+from ..evaluate import evaluate, judged
 from ..model_inputs import fitting, padding
 from ..pooling import carry_pooling, pooling_of
 from ..structures import STRUCTURES
@@ -55,21 +55,23 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
     _check(alpha, {"steps": steps, "batch_size": batch_size, "save_every": save_every}, learning_rate=learning_rate,
            temperature=temperature)
     _check_models(model, tokenizer, task, teacher, teacher_tokenizer)
+    pooling = _pooling(model, teacher) if task == "embedding" else None
     autocast = _autocast(autocast, model.device)
     has_labels = task != "embedding" and (teacher is None or alpha < 1)
     label2id = label_ids(train, model.config.label2id)[1] if has_labels and task == "classification" else None
     data = examples(train, tokenizer, task, max_length=fitting(max_length, model), labels=has_labels, label2id=label2id)
+    if validation is not None:
+        judged(validation, tokenizer, task, model, max_length=max_length, label2id=label2id)
     if label2id is not None:  # names learned from the rows
         model.config.label2id, model.config.id2label = label2id, {number: name for name, number in label2id.items()}
-    if validation is not None:
-        check_rows(validation, task, model)
     options = {"task": task, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
                "temperature": temperature, "alpha": alpha, "autocast": autocast, "seed": seed}
-    objective = Objective(model, task, teacher=teacher, temperature=temperature, alpha=alpha, autocast=autocast)
+    objective = Objective(model, task, teacher=teacher, temperature=temperature, alpha=alpha, autocast=autocast,
+                          pooling=pooling)
     if out is None:
         state = _train(objective, data, tokenizer, options, None, save_every, on_progress)
     else:
-        states, fingerprint = Path(out).parent / f".{Path(out).name}.training", _fingerprint(model, teacher, data, options)
+        states, fingerprint = Path(out).parent / f".{Path(out).name}.training", _fingerprint(objective, data, options)
         storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
         with progress.opened(states, fingerprint):
             state = _train(objective, data, tokenizer, options, states, save_every, on_progress)
@@ -112,10 +114,15 @@ def _check_models(model, tokenizer, task: str, teacher, teacher_tokenizer) -> No
         raise ArgumentError(f"teacher knows {theirs.vocab_size} tokens, the model {ours.vocab_size}; needs as many")
     if task == "classification" and ours.id2label != theirs.id2label:
         raise ArgumentError(f"teacher has the labels {theirs.id2label}, the model {ours.id2label}; needs the same")
-    if task == "embedding" and pooling_of(model) != pooling_of(teacher):
-        raise ArgumentError(f"teacher is pooled by {pooling_of(teacher)}, the model by {pooling_of(model)}; needs the same")
     if task == "embedding" and ours.hidden_size != theirs.hidden_size:
         raise ArgumentError(f"teacher has hidden_size {theirs.hidden_size}, the model {ours.hidden_size}; needs the same")
+
+
+def _pooling(model, teacher) -> str:
+    ours, theirs = pooling_of(model), pooling_of(teacher)
+    if ours != theirs:
+        raise ArgumentError(f"teacher is pooled by {theirs}, the model by {ours}; needs the same")
+    return ours
 
 
 def _autocast(wanted: bool | str, device: torch.device) -> bool:
@@ -128,9 +135,10 @@ def _autocast(wanted: bool | str, device: torch.device) -> bool:
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
-def _fingerprint(model, teacher, data, options: dict) -> dict:
+def _fingerprint(objective: Objective, data, options: dict) -> dict:
+    model, teacher = objective.student, objective.teacher
     return {"model": progress.tensors_digest(model.state_dict().items()),
-            "teacher": teacher and progress.tensors_digest(teacher.state_dict().items()),
+            "teacher": teacher and progress.tensors_digest(teacher.state_dict().items()), "pooling": objective.pooling,
             "data": progress.json_digest(data), "options": options} | progress.environment(model.device)
 
 

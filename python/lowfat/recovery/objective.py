@@ -4,7 +4,6 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
 from ..evaluate import next_token_losses, pooled
-from ..pooling import pooling_of
 
 
 class Objective(nn.Module):
@@ -15,11 +14,11 @@ class Objective(nn.Module):
     accepts_loss_kwargs = False  # each batch is averaged here, over what counts in it
 
     def __init__(self, student: nn.Module, task: str, *, teacher: nn.Module | None, temperature: float, alpha: float,
-                 autocast: bool):
+                 autocast: bool, pooling: str | None = None):
         super().__init__()
         self.student, self.task, self.autocast = student, task, autocast
         self.temperature, self.alpha = temperature, alpha
-        self.pooling = pooling_of(student) if task == "embedding" else None  # the teacher's too: its embedding is the aim
+        self.pooling = pooling  # for embeddings, of student and teacher alike
         self._teacher = (teacher,)  # a tuple hides it: no submodule, so neither train() nor the optimizer reaches it
 
     def forward(self, **batch) -> dict[str, torch.Tensor]:
