@@ -57,8 +57,16 @@ def test_a_classifier_without_a_pad_token(tmp_path, method):
 
 
 def test_svd_needs_no_text(saved):
-    report = run(saved(classifier()), method="svd", rows=None)
+    report = run(saved(classifier()), method="svd", rows=None, max_length=99)  # of no text at all
     assert report.ratio <= 0.5 and all(layer.output_error is None for layer in report.layers)
+
+
+def test_a_length_is_the_same_job_whether_said_or_not(saved):
+    folder, jobs = saved(classifier()), []
+    for max_length in (None, 40):  # what the model takes
+        run(folder, max_length=max_length, overwrite=True)
+        jobs.append(json.loads((folder.parent / "out" / "manifest.json").read_text())["facts"]["job"])
+    assert jobs[0] == jobs[1] and jobs[0]["options"]["max_length"] == 40
 
 
 def test_the_job_gives_the_bits_of_the_calls_it_is_made_of(saved):

@@ -39,13 +39,14 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     LowfatError, before any work, for everything that can be known by then."""
     folder, out, arguments = Path(folder), Path(out), dict(arguments or {})
     needs, states = _check_options(method, arguments, policy, rows), out.parent / f".{out.name}.progress"
+    storage.check_target(out, overwrite or states.exists())  # before a long look at the model
+    model, tokenizer = open_model(folder, task=task, device=device, reads_text=rows is not None)
+    max_length = None if rows is None else fitting(max_length, model)  # as it is used, said or not
     options = {"method": method, "arguments": arguments, "ratio": ratio, "policy": policy, "layers": layers, "task": task,
                "batch_size": batch_size, "max_length": max_length}
     fingerprint = {"model": _files(folder), "rows": progress.json_digest(rows), "options": options}
     fingerprint |= progress.environment(torch.device(device))
     storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
-
-    model, tokenizer = open_model(folder, task=task, device=device, reads_text=rows is not None)
     plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
     check_weights(factorizable(model, layers))
     data = None if rows is None else _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
@@ -114,7 +115,8 @@ def _dense(folder: Path, name: str):
     """(model of this class, names of the parameters that the folder has no weights for)"""
     import transformers
 
-    model, found = getattr(transformers, name).from_pretrained(folder, dtype="auto", use_safetensors=True,
+    # absolute: it is how the files beside the model are found later, wherever the process is by then
+    model, found = getattr(transformers, name).from_pretrained(folder.absolute(), dtype="auto", use_safetensors=True,
                                                                local_files_only=True, output_loading_info=True)
     return model, sorted(found["missing_keys"])
 
@@ -152,10 +154,10 @@ def _files(folder: Path) -> dict[str, str]:
     return {name: digest(path) for name, path in (found | pooling_files(folder)).items()}
 
 
-def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int | None) -> list[dict]:
+def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:
     if "fisher" in needs and task == "embedding":
         raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
-    return batches(rows, tokenizer, task, batch_size=batch_size, max_length=fitting(max_length, model),
+    return batches(rows, tokenizer, task, batch_size=batch_size, max_length=max_length,
                    labels="fisher" in needs, label2id=model.config.label2id, device=model.device)
 
 
