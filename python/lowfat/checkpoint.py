@@ -51,7 +51,7 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, dtype:
     from . import quantizer
 
     storage.restore(folder)
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # it is how the files beside the model are found later
     if not folder.is_dir():
         raise ArgumentError(f"{folder}: no such folder")
     _check_kind(folder)

@@ -2,7 +2,7 @@
 import errno
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,13 @@ def folder_of(name: str) -> Path:
     """The folder that is meant by a path or by a hub name. ArgumentError: neither is there.
 
     What cannot be a hub name is a path, and whoever opens it says what is wrong with it."""
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    if Path(name).exists() or not _is_hub_name(name):
         return Path(name)
     return fetched(name, otherwise=", or give the path of a folder")
+
+
+def _is_hub_name(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def fetched(name: str, *, otherwise: str = "") -> Path:
@@ -29,6 +33,30 @@ def fetched(name: str, *, otherwise: str = "") -> Path:
 
     with _named(f"{name}: no such folder, and not to be fetched from the Hugging Face hub", otherwise):
         return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+
+
+def beside(name: str, key: str, patterns: Sequence[str]) -> Path | None:
+    """Where a hub's model that is on this disk lies, once its files of these patterns are there too.
+
+    key: the one of them that the others come with; None where the model has no such file. Raises as `fetched`, and
+    ArgumentError where the model is not on this disk: a name that was opened may be that of a folder which is gone."""
+    from huggingface_hub import errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+
+    with _named(f"{name}: not to be fetched from the Hugging Face hub"):
+        config = try_to_load_from_cache(name, "config.json") if _is_hub_name(name) else None
+    if not isinstance(config, str):
+        raise ArgumentError(f"{name}: neither a folder from here, nor in the cache of the Hugging Face hub")
+    folder = Path(config).parent  # named after the commit
+    with _named(f"{name}: not to be fetched from the Hugging Face hub"):
+        known = try_to_load_from_cache(name, key, revision=folder.name)
+        if known is not None:  # a path, or the client's mark for a file that the hub does not have
+            return folder if isinstance(known, str) else None
+        try:
+            # alone and last: a call that was cut short begins anew
+            snapshot_download(name, revision=folder.name, allow_patterns=list(patterns), ignore_patterns=[key])
+            return Path(hf_hub_download(name, key, revision=folder.name)).parent
+        except errors.RemoteEntryNotFoundError:
+            return None
 
 
 @contextmanager
