@@ -1,0 +1,67 @@
+"""What the machine code of each kernel must look like: one line for each kernel and what sets its instances apart."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sass.machine_code import Kernel
+
+BARRIER = r"BAR\.SYNC|BAR\.ARV|BAR\.RED|SYNCS|ACQBULK|UCGABAR|ERRBAR|MEMBAR"
+FENCE = r"MEMBAR"
+TENSOR_CORE = r"HMMA|HGMMA"
+WEIGHT_LOAD = r"LDG\.E\.\S*128"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of one kernel; `instances` is searched for in its demangled name."""
+    source: str  # under csrc/
+    instances: str
+    registers: int  # a thread may take
+    archs: tuple[str, ...] = ("sm_80", "sm_90a")
+    tensor_core: str | None = None  # opcode that does the products; then none is done by FFMA in a loop
+    weight_loads: int = 0  # 128-bit global loads, at least
+    before_barrier: int = 0  # of them in front of the first barrier: what must be in flight while blocks wait
+    fences: int = 0  # MEMBAR instructions, exactly
+    narrow_loads: bool = False  # loads of single elements are allowed: there is a path for addresses without alignment
+
+
+KERNELS = [
+    Expected("low_rank/forward.cu", r"decode<.*DecodeConfig<\S+, \d+, true>", registers=96, weight_loads=1, narrow_loads=True),
+    Expected("low_rank/forward.cu", r"decode<.*DecodeConfig<\S+, \d+, false>", registers=96, narrow_loads=True),
+]
+
+
+def expected_of(source: str, kernel: Kernel, arch: str) -> Expected | None:
+    """The one line that speaks of this kernel; None when there is none or more than one."""
+    found = [one for one in KERNELS if one.source == source and arch in one.archs and re.search(one.instances, kernel.name)]
+    return found[0] if len(found) == 1 else None
+
+
+def faults(kernel: Kernel, expected: Expected) -> list[str]:
+    """Each way in which the machine code differs from what was expected, in words."""
+    found = []
+    if kernel.stack_bytes or kernel.spill_bytes:
+        found.append(f"{kernel.stack_bytes} bytes of stack, {kernel.spill_bytes} bytes spilled")
+    if local := kernel.find(r"LDL|STL"):
+        found.append(f"{len(local)} accesses to local memory")
+    if kernel.registers > expected.registers:
+        found.append(f"{kernel.registers} registers, allowed {expected.registers}")
+    if expected.tensor_core and not kernel.find(expected.tensor_core):
+        found.append(f"no {expected.tensor_core}")
+    if not expected.tensor_core and kernel.find(TENSOR_CORE):
+        found.append(f"unexpected {kernel.instructions[kernel.find(TENSOR_CORE)[0]].opcode}")
+    if expected.tensor_core and len(kernel.find(r"FFMA")) > len(kernel.find(expected.tensor_core)):
+        found.append(f"{len(kernel.find('FFMA'))} FFMA beside {len(kernel.find(expected.tensor_core))} tensor-core products")
+    loads = kernel.find(WEIGHT_LOAD)
+    if len(loads) < expected.weight_loads:
+        found.append(f"{len(loads)} loads of 128 bits, expected {expected.weight_loads}")
+    barriers = kernel.find(BARRIER)
+    early = [i for i in loads if not barriers or i < barriers[0]]
+    if len(early) < expected.before_barrier:
+        found.append(f"{len(early)} loads before the first barrier, expected {expected.before_barrier}")
+    if not expected.narrow_loads and (narrow := kernel.find(r"LDG\.E\.(U8|S8|U16|S16)")):
+        found.append(f"{len(narrow)} loads of single elements")
+    if len(kernel.find(FENCE)) != expected.fences:
+        found.append(f"{len(kernel.find(FENCE))} memory fences, expected {expected.fences}")
+    return found
