@@ -1,0 +1,31 @@
+// Sums and maxima over the lanes of a warp, always in the same order, so that the same inputs give the same bits.
+#pragma once
+
+#include "device/simt.h"
+
+namespace device {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Over kLanes neighbouring lanes (a power of two), the result in each of them. A lane and its partner add the same two
+// numbers, so all lanes agree to the bit.
+template <int kLanes>
+LOWFAT_DEVICE float lanes_sum(float v) {
+#pragma unroll
+  for (int with = 1; with < kLanes; with *= 2) v += __shfl_xor_sync(kAllLanes, v, with);
+  return v;
+}
+
+template <int kLanes>
+LOWFAT_DEVICE float lanes_max(float v) {
+#pragma unroll
+  for (int with = 1; with < kLanes; with *= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, with));
+  return v;
+}
+
+LOWFAT_DEVICE float quad_sum(float v) { return lanes_sum<4>(v); }  // the four lanes that share a row of an mma's d
+LOWFAT_DEVICE float warp_sum(float v) { return lanes_sum<32>(v); }
+LOWFAT_DEVICE float quad_max(float v) { return lanes_max<4>(v); }
+LOWFAT_DEVICE float warp_max(float v) { return lanes_max<32>(v); }
+
+}  // namespace device
