@@ -53,6 +53,33 @@ LOWFAT_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const
 #endif
 }
 
+// d [16, 8] += a [16, 32] b [32, 8], where of every four neighbours along k a keeps two. a holds the kept elements as for
+// m16n8k16, b has two more registers of the same form (b2: rows 2t + 16.., b3: 2t + 24..). Where the kept ones sit is told by the
+// lanes t = 2 kSelector (columns 0..15) and t = 2 kSelector + 1 (16..31): four bits per four columns, the first kept position in
+// the lower two and below the second; row group in bits 0..15, row group + 8 above. The other two lanes' words are not read,
+// so one load can serve two products.
+template <class T, int kSelector>
+LOWFAT_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  static_assert(kSelector == 0 || kSelector == 1, "the lower or upper two lanes of each quad");
+#ifdef __CUDACC__
+  if constexpr (std::is_same<T, Bf16>::value) {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(kSelector));
+  } else {
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32"
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata), "n"(kSelector));
+  }
+#else
+  emulator::mma_sp_m16n8k32<T>(d, a, b, metadata, kSelector);
+#endif
+}
+
 // kCount (1, 2, 4) 8 x 8 matrices of 16-bit elements from shared memory: lanes 8 i .. 8 i + 7 point to the 16-byte rows of
 // matrix i; r[i] receives elements (lane / 4, 2 (lane % 4)..) of it.
 template <int kCount>
@@ -93,6 +120,54 @@ LOWFAT_DEVICE void ldmatrix_transposed(uint32_t (&r)[kCount], const void* smem_r
   }
 #else
   emulator::move_matrices("ldmatrix_transposed", kCount, true, true, r, smem_row);
+#endif
+}
+
+// The way back, sm_90: r[i] of the lanes is written to the rows of matrix i.
+template <int kCount>
+LOWFAT_DEVICE void stmatrix(void* smem_row, const uint32_t (&r)[kCount]) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4, "the instruction moves 1, 2 or 4 matrices");
+#ifndef __CUDACC__
+  uint32_t copy[kCount];
+  std::copy(r, r + kCount, copy);
+  emulator::move_matrices("stmatrix", kCount, false, false, copy, smem_row);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t address = shared_address(smem_row);
+  if constexpr (kCount == 1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(address), "r"(r[0]) : "memory");
+  } else if constexpr (kCount == 2) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+                 "r"(r[3])
+                 : "memory");
+  }
+#else
+  unreachable_here();
+#endif
+}
+
+// The same, each matrix transposed on the way: r[i] are elements (2 (lane % 4).., lane / 4).
+template <int kCount>
+LOWFAT_DEVICE void stmatrix_transposed(void* smem_row, const uint32_t (&r)[kCount]) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4, "the instruction moves 1, 2 or 4 matrices");
+#ifndef __CUDACC__
+  uint32_t copy[kCount];
+  std::copy(r, r + kCount, copy);
+  emulator::move_matrices("stmatrix_transposed", kCount, true, false, copy, smem_row);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t address = shared_address(smem_row);
+  if constexpr (kCount == 1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(r[0]) : "memory");
+  } else if constexpr (kCount == 2) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]), "r"(r[1]) : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+  }
+#else
+  unreachable_here();
 #endif
 }
 

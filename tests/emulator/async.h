@@ -21,6 +21,7 @@ inline void copy16_async(void* smem, const void* gmem, bool is_valid) {
   }
   Fiber& self = current();
   self.copies.push_back({smem, gmem, is_valid ? size_t{16} : 0, self.copy_groups});
+  memset(smem, 0xff, 16);  // nobody may read it before it has landed
   if (machine.random.one_in(4)) land(self.copies.back());
 }
 
@@ -34,16 +35,5 @@ inline void wait_copies(int groups_left) {
   }
   self.copies.erase(std::remove_if(self.copies.begin(), self.copies.end(), is_awaited), self.copies.end());
 }
-
-// What a thread must not leave behind.
-inline void end_thread() {
-  if (!current().copies.empty()) fail("unfinished: the thread ends before it has waited for its cp.async copies");
-}
-
-inline void end_block(Block& block) {
-  memset(block.smem, 0xff, block.smem_bytes);  // others of the cluster who still read it get NaN
-}
-
-inline void release_if_all_arrived(Cluster&) {}
 
 }  // namespace emulator

@@ -41,6 +41,9 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 #include "async.h"
+#include "ending.h"
+#include "grid_memory.h"
+#include "launch_queue.h"
 #include "warp.h"
 
 #define threadIdx (dim3(emulator::current().thread, 0, 0))

@@ -77,7 +77,7 @@ struct SharedCopy {
 struct BulkStore {
   std::function<void(BulkStore&)> read, write;
   std::vector<uint8_t> bytes;
-  bool is_read = false, is_written = false;
+  bool is_read = false, is_written = false, is_awaited = false;
   int group = 0;
 };
 
@@ -87,10 +87,11 @@ struct Fiber {
   int thread = 0;
   State state = State::ready;
   Wait wait;
-  int cluster_arrivals = 0;
+  static constexpr int kNotArrived = -1;
+  int cluster_arrival = kNotArrived;  // the generation of the barrier it has arrived at
   std::vector<SharedCopy> copies;  // issued, not waited for
   int copy_groups = 0;             // committed so far
-  std::vector<std::shared_ptr<BulkStore>> stores;  // issued, their read not waited for
+  std::vector<std::shared_ptr<BulkStore>> stores;  // issued, their end not waited for
   int store_groups = 0;
 };
 
@@ -111,6 +112,7 @@ struct Barrier {
 
 struct MbarrierWatch {
   std::vector<Fiber*> waiting;
+  bool has_bytes = false;         // some have arrived in this phase
   bool has_unseen_bytes = false;  // a phase with bytes completed, and nobody has waited for it yet
 };
 
@@ -122,7 +124,7 @@ struct Cluster {
   std::vector<Fiber*> waiting;
 };
 
-struct WarpgroupProducts;  // tensor_core.h
+struct WarpgroupProducts;  // warpgroup_products.h
 
 struct Block {
   Grid* grid = nullptr;
@@ -138,6 +140,7 @@ struct Block {
   std::vector<Rendezvous> warps, warpgroups;
   std::map<uint32_t, MbarrierWatch> mbarriers;
   std::vector<std::shared_ptr<WarpgroupProducts>> products;  // per warpgroup
+  std::vector<int> products_in_flight;
   ~Block();
 };
 
@@ -159,9 +162,10 @@ struct Grid {
 // An asynchronous operation on its way; it takes effect when `land` is called, once or (for stores) twice.
 struct Flight {
   Grid* grid;
-  Block* block;  // where it reads or writes shared memory
+  Block* block;  // whose thread started it; null: the block may end before
   const char* what;
   std::function<bool()> land;  // true: nothing left to do
+  Block* other_block = nullptr;  // whose shared memory it writes
 };
 
 struct Machine {

@@ -134,6 +134,7 @@ inline Block* make_block(Grid& grid, Cluster& cluster, int linear, int rank) {
   block->warps.resize(grid.threads / 32);
   block->warpgroups.resize((grid.threads + 127) / 128);
   block->products.resize((grid.threads + 127) / 128);
+  block->products_in_flight.resize((grid.threads + 127) / 128);
   return block;
 }
 

@@ -42,32 +42,48 @@ void scatter_16x8(const float (&d)[16][8], const Lanes& lanes) {
   }
 }
 
-template <int kA, int kB>
 struct MmaLane {
   float* d;
   const uint32_t* a;
   const uint32_t* b;
-  uint32_t metadata;
+  uint32_t metadata = 0;
 };
+
+// One of the two 16-bit elements of a register.
+template <class T>
+float element(uint32_t bits, int half) {
+  return device::widen<T>(static_cast<uint16_t>(bits >> (16 * half)));
+}
+
+// a of m16n8k16: rows group and group + 8 alternate, columns 8.. are in the last two registers.
+template <class T>
+void gather_16x16(MmaLane** lanes, float (&a)[16][16]) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        a[lane / 4 + i % 2 * 8][lane % 4 * 2 + half + i / 2 * 8] = element<T>(lanes[lane]->a[i], half);
+      }
+    }
+  }
+}
+
+// b of m16n8k16 and of the sparse m16n8k32: eight rows to a register.
+template <class T, int kDepth>
+void gather_columns(MmaLane** lanes, float (&b)[kDepth][8]) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < kDepth / 8; ++i) {
+      for (int half = 0; half < 2; ++half) b[lane % 4 * 2 + half + i * 8][lane / 4] = element<T>(lanes[lane]->b[i], half);
+    }
+  }
+}
 
 template <class T>
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
-  MmaLane<4, 2> values{d, a, b, 0};
-  meet_warp("mma_m16n8k16", 0, values, [](MmaLane<4, 2>** lanes) {
+  MmaLane values{d, a, b};
+  meet_warp("mma_m16n8k16", 0, values, [](MmaLane** lanes) {
     float rows[16][16], columns[16][8], sums[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int group = lane / 4, in_group = lane % 4;
-      for (int half = 0; half < 2; ++half) {
-        for (int i = 0; i < 4; ++i) {  // a: rows group and + 8 alternate, columns 8.. in the last two registers
-          const auto bits = static_cast<uint16_t>(lanes[lane]->a[i] >> (16 * half));
-          rows[group + i % 2 * 8][in_group * 2 + half + i / 2 * 8] = device::widen<T>(bits);
-        }
-        for (int i = 0; i < 2; ++i) {
-          const auto bits = static_cast<uint16_t>(lanes[lane]->b[i] >> (16 * half));
-          columns[in_group * 2 + half + i * 8][group] = device::widen<T>(bits);
-        }
-      }
-    }
+    gather_16x16<T>(lanes, rows);
+    gather_columns<T>(lanes, columns);
     gather_16x8(lanes, sums);
     multiply_16x8(rows, columns, sums);
     scatter_16x8(sums, lanes);
@@ -75,14 +91,39 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
 }
 
 inline void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b) {
-  MmaLane<4, 2> values{d, a, b, 0};
-  meet_warp("mma_m16n8k8_tf32", 0, values, [](MmaLane<4, 2>** lanes) {
+  MmaLane values{d, a, b};
+  meet_warp("mma_m16n8k8_tf32", 0, values, [](MmaLane** lanes) {
     float rows[16][8], columns[8][8], sums[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, in_group = lane % 4;
       for (int i = 0; i < 4; ++i) rows[group + i % 2 * 8][in_group + i / 2 * 4] = widen_tf32(lanes[lane]->a[i]);
       for (int i = 0; i < 2; ++i) columns[in_group + i * 4][group] = widen_tf32(lanes[lane]->b[i]);
     }
+    gather_16x8(lanes, sums);
+    multiply_16x8(rows, columns, sums);
+    scatter_16x8(sums, lanes);
+  });
+}
+
+// Two of four neighbours along k are kept. The lanes 2 selector and 2 selector + 1 of quad g hold where: each word covers 16 of
+// the 32 columns, row g in its lower half and g + 8 in the upper, four bits per four columns, two bits per kept element.
+template <class T>
+void mma_sp_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector) {
+  MmaLane values{d, a, b, metadata};
+  meet_warp("mma_sp_m16n8k32", selector, values, [selector](MmaLane** lanes) {
+    float kept[16][16], rows[16][32] = {}, columns[32][8], sums[16][8];
+    gather_16x16<T>(lanes, kept);
+    for (int row = 0; row < 16; ++row) {
+      for (int four = 0; four < 8; ++four) {
+        const uint32_t word = lanes[row % 8 * 4 + selector * 2 + four / 4]->metadata;
+        const uint32_t places = word >> (row / 8 * 16 + four % 4 * 4);
+        const int first = places & 3, second = places >> 2 & 3;
+        if (first >= second) fail("mma_sp_m16n8k32: row %d, columns %d..: positions %d, %d do not ascend", row, four * 4, first, second);
+        rows[row][four * 4 + first] = kept[row][four * 2];
+        rows[row][four * 4 + second] = kept[row][four * 2 + 1];
+      }
+    }
+    gather_columns<T>(lanes, columns);
     gather_16x8(lanes, sums);
     multiply_16x8(rows, columns, sums);
     scatter_16x8(sums, lanes);
