@@ -74,7 +74,7 @@ LOWFAT_DEVICE uint16_t narrow<Fp16>(float value) {
   if (size >= 65520.f) return sign | 0x7c00;  // halfway between the largest element and the next power of two
   int exponent;
   std::frexp(size, &exponent);  // size = [0.5, 1) 2^exponent
-  if (exponent < -13) exponent = -13;  // subnormals share the smallest exponent
+  if (exponent < -13 || size == 0) exponent = -13;  // zero and the subnormals share the smallest exponent
   const int fraction = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // 1024..2048, or less if subnormal
   return sign | static_cast<uint16_t>((exponent + 13) * 1024 + fraction);  // a fraction of 2048 carries into the exponent
 #endif

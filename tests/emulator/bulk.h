@@ -265,8 +265,8 @@ inline void tma_store(const TensorMap& map, int row, int column, const void* sme
   const Place from = own(smem);
   auto store = std::make_shared<BulkStore>();
   store->read = [=](BulkStore& self) { self.bytes.assign(from.pointer, from.pointer + box_bytes(map)); };
-  store->write = [=](BulkStore& self) {
-    for_each_piece(map, from.address(), row, column,
+  store->write = [=, address = from.address()](BulkStore& self) {  // the block may have ended by then
+    for_each_piece(map, address, row, column,
                    [&](uint8_t* gmem, size_t offset, int bytes) { memcpy(gmem, self.bytes.data() + offset, bytes); }, [](size_t, int) {});
   };
   store->group = current().store_groups;

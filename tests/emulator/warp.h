@@ -100,3 +100,8 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int with) {
   return emulator::shuffle("__shfl_xor_sync", with, mask, value, [&](int lane) { return lane ^ with; });
 }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return emulator::shuffle("__shfl_sync", from, mask, value, [&](int) { return from & 31; });
+}

@@ -1,0 +1,322 @@
+// The decode kernels of low_rank in the emulator: both ways to launch them, both dtypes, ragged and real shapes.
+//
+// Outputs and workspace start as NaN and have exact bounds; each access outside is reported. Every shape is run by `decode` and
+// by `decode_first` + `decode_second`, which must agree to the bit, as must all seeds: threads run in another order with each.
+#include "low_rank/decode.cu"
+
+#include <map>
+#include <random>
+
+#include "check.h"
+
+namespace {
+
+using namespace low_rank;
+
+struct Shape {
+  int m, k, r, n;
+  bool has_bias, wants_h;
+  int sm_count;
+  int smem_limit;
+};
+
+constexpr int kH200 = 232448;  // bytes of shared memory in a block
+const Shape kRagged[] = {
+    {1, 8, 8, 1, true, true, 4, kH200},           // one of everything
+    {3, 40, 24, 17, true, true, 4, kH200},        // tails of a tile of v, of a tile of u, of a step
+    {8, 264, 40, 50, false, true, 7, kH200},      // all tokens of one tile
+    {9, 264, 40, 50, false, true, 7, kH200},      // the first of the second
+    {16, 776, 96, 130, true, false, 9, kH200},
+    {2, 2056, 8, 64, true, true, 132, kH200},     // eight splits, an item for each warp at most
+    {5, 1048, 136, 100, false, false, 12, kH200},
+    {13, 1160, 56, 250, true, true, 3, kH200},    // more units and tiles than blocks
+    {16, 72, 2048, 40, true, true, 132, kH200},   // the largest rank
+    {7, 600, 256, 333, true, true, 5, 36 << 10},  // u does not fit: the rest goes to registers
+    {12, 600, 256, 333, true, true, 5, 54 << 10},
+    {4, 320, 520, 700, false, true, 5, 26 << 10},  // little of u fits
+};
+
+struct Operands {
+  std::vector<uint16_t> x, v, u, bias;
+};
+
+struct Outputs {
+  std::vector<uint16_t> y, h;
+};
+
+template <class T>
+std::vector<uint16_t> normal(std::mt19937_64& random, size_t count, double scale) {
+  std::normal_distribution<double> values(0, scale);
+  std::vector<uint16_t> bits(count);
+  for (auto& one : bits) one = device::narrow<T>(static_cast<float>(values(random)));
+  return bits;
+}
+
+// -1, 0 and 1, so few of the others that h and y stay exact in bf16.
+template <class T>
+std::vector<uint16_t> whole(std::mt19937_64& random, size_t count, double density) {
+  std::uniform_real_distribution<double> values(-1, 1);
+  std::vector<uint16_t> bits(count);
+  for (auto& one : bits) {
+    const double value = values(random);
+    one = device::narrow<T>(std::fabs(value) > density ? 0.f : value > 0 ? 1.f : -1.f);
+  }
+  return bits;
+}
+
+template <class T>
+Operands operands(const Shape& s, bool is_whole) {
+  std::mt19937_64 random(s.m * 1000003 + s.k * 1009 + s.r * 31 + s.n);
+  const auto make = [&](size_t count, double scale, double density) {
+    return is_whole ? whole<T>(random, count, density) : normal<T>(random, count, scale);
+  };
+  return {make(size_t(s.m) * s.k, 1, 1), make(size_t(s.r) * s.k, 1 / std::sqrt(s.k), std::fmin(1, 30.0 / s.k)),
+          make(size_t(s.n) * s.r, 1 / std::sqrt(s.r), std::fmin(1, 10.0 / s.r)),
+          s.has_bias ? make(s.n, 1, 1) : std::vector<uint16_t>()};
+}
+
+DecodePlan plan_of(const Shape& s, bool is_two_launches) {
+  const DecodePlan plan = plan_decode(s.m, s.n, s.k, s.r, s.sm_count, s.smem_limit, is_two_launches);
+  check::that(plan.token_tiles > 0, "the shape is covered");
+  return plan;
+}
+
+// Runs the op `times` over, outputs and workspace poisoned again before each; the counter goes on from `count`.
+template <class T>
+Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::Options options, int times = 1, uint64_t count = 0) {
+  const DecodePlan plan = plan_of(s, is_two_launches);
+  emulator::Buffer<uint16_t> x("x", in.x), v("v", in.v), u("u", in.u), bias("bias", in.bias);
+  emulator::Buffer<uint16_t> y("y", size_t(s.m) * s.n), h("h", s.wants_h ? size_t(s.m) * s.r : 0);
+  emulator::Buffer<float> partials("partials", size_t(plan.splits) * s.m * s.r);
+  emulator::Buffer<uint64_t> counter("counter", 1);
+  counter[0] = count * plan.grid;
+  Outputs out;
+  for (int i = 0; i < times; ++i) {
+    y.poison(), h.poison(), partials.poison();
+    DecodeParams p{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr, partials.data(), s.wants_h ? h.data() : nullptr,
+                   y.data(), is_two_launches ? nullptr : counter.data(), s.m, s.n, s.k, s.r, 0, 0, 0};
+    const Dtype dtype = std::is_same<T, device::Bf16>::value ? Dtype::bfloat16 : Dtype::float16;
+    check::that(launch_decode(plan, p, dtype, nullptr) == nullptr, "the launch");
+    emulator::synchronize(options);
+    ++options.seed;
+    Outputs now{{y.data(), y.data() + y.size()}, {h.data(), h.data() + h.size()}};
+    if (i > 0) check::that(now.y == out.y && now.h == out.h, "the same bits the next time");
+    out = std::move(now);
+  }
+  check::that(is_two_launches || counter[0] == (count + times) * plan.grid, "each block arrived once");
+  return out;
+}
+
+template <class T>
+std::vector<double> wide(const std::vector<uint16_t>& bits) {
+  std::vector<double> values(bits.size());
+  for (size_t i = 0; i < bits.size(); ++i) values[i] = device::widen<T>(bits[i]);
+  return values;
+}
+
+// a [rows, depth] times b [columns, depth] transposed, plus bias; sums in Sum.
+template <class Sum>
+std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b, int rows, int columns, int depth,
+                            const std::vector<double>& bias = {}) {
+  std::vector<double> c(size_t(rows) * columns);
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < columns; ++j) {
+      Sum sum = 0;
+      for (int d = 0; d < depth; ++d) sum += static_cast<Sum>(a[size_t(i) * depth + d]) * static_cast<Sum>(b[size_t(j) * depth + d]);
+      c[size_t(i) * columns + j] = bias.empty() ? sum : sum + static_cast<Sum>(bias[j]);
+    }
+  }
+  return c;
+}
+
+template <class T>
+std::vector<double> rounded(std::vector<double> values) {
+  for (double& one : values) one = device::widen<T>(device::narrow<T>(static_cast<float>(one)));
+  return values;
+}
+
+std::vector<double> absolute(std::vector<double> values) {
+  for (double& one : values) one = std::fabs(one);
+  return values;
+}
+
+std::vector<double> squared(std::vector<double> values) {
+  for (double& one : values) one *= one;
+  return values;
+}
+
+// What y and h have to be, and how near.
+struct Truth {
+  std::vector<double> h, y, two_gemms;     // in double; in float, h rounded once
+  std::vector<double> h_bound, y_bound;    // of each element: its rounding, h's, and that of the sums (gates.py, G3)
+};
+
+template <class T>
+Truth truth_of(const Shape& s, const Operands& in) {
+  const auto x = wide<T>(in.x), v = wide<T>(in.v), u = wide<T>(in.u), bias = wide<T>(in.bias);
+  const double roundoff = std::is_same<T, device::Bf16>::value ? 0x1p-8 : 0x1p-11, in_float = 6 * 0x1p-24, least = 0x1p-24;
+  Truth t;
+  t.h = product<double>(x, v, s.m, s.r, s.k);
+  t.y = product<double>(t.h, u, s.m, s.n, s.r, bias);
+  t.two_gemms = rounded<T>(product<float>(rounded<T>(product<float>(x, v, s.m, s.r, s.k)), u, s.m, s.n, s.r, bias));
+  const auto h_size = product<double>(absolute(x), absolute(v), s.m, s.r, s.k);
+  const auto y_size = product<double>(h_size, absolute(u), s.m, s.n, s.r, absolute(bias));
+  const auto spread = product<double>(squared(t.h), squared(u), s.m, s.n, s.r);
+  for (size_t i = 0; i < t.h.size(); ++i) {
+    t.h_bound.push_back(roundoff * std::fabs(t.h[i]) + in_float * std::sqrt(s.k) * h_size[i] + least);
+  }
+  for (size_t i = 0; i < t.y.size(); ++i) {
+    t.y_bound.push_back(roundoff * std::fabs(t.y[i]) + in_float * std::sqrt(s.k + s.r) * y_size[i] +
+                        6 * roundoff * std::sqrt(spread[i]) + least);
+  }
+  return t;
+}
+
+// Truth takes longer than the kernel: once for all seeds.
+template <class T>
+const Truth& known_truth(size_t index, const Operands& in) {
+  static std::map<size_t, Truth> known;
+  if (!known.count(index)) known[index] = truth_of<T>(kRagged[index], in);
+  return known[index];
+}
+
+void within(const std::vector<double>& found, const std::vector<double>& expected, const std::vector<double>& bound, const char* what) {
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (!(std::fabs(found[i] - expected[i]) <= bound[i])) check::equal(found[i], expected[i], what, i);
+  }
+}
+
+// Sums of squares over many shapes: of ours and of the two products' errors, each relative to the size of y.
+struct Errors {
+  double ours = 0, two_gemms = 0;
+
+  void add(const std::vector<double>& y, const Truth& truth) {
+    double size = 0, mine = 0, theirs = 0;
+    for (size_t i = 0; i < y.size(); ++i) {
+      size += truth.y[i] * truth.y[i];
+      mine += (y[i] - truth.y[i]) * (y[i] - truth.y[i]);
+      theirs += (truth.two_gemms[i] - truth.y[i]) * (truth.two_gemms[i] - truth.y[i]);
+    }
+    ours += mine / size, two_gemms += theirs / size;
+  }
+  void pass() const {
+    if (!(std::sqrt(ours) <= 1.25 * std::sqrt(two_gemms))) check::equal(std::sqrt(ours), std::sqrt(two_gemms), "norm of the error");
+  }
+};
+
+// --- kernels ---
+
+template <class T>
+void ragged_shapes(uint64_t seed) {
+  static std::map<size_t, Outputs> first;
+  Errors errors;
+  for (size_t i = 0; i < sizeof kRagged / sizeof *kRagged; ++i) {
+    const Shape& s = kRagged[i];
+    const Operands in = operands<T>(s, false);
+    const Outputs one = run<T>(s, in, false, {seed}), two = run<T>(s, in, true, {seed});
+    check::that(one.y == two.y && one.h == two.h, "one launch and two give the same bits; shape", i);
+    if (!first.count(i)) first[i] = one;
+    check::that(one.y == first[i].y && one.h == first[i].h, "every seed gives the same bits; shape", i);
+    const Truth& truth = known_truth<T>(i, in);
+    const auto y = wide<T>(one.y), h = wide<T>(one.h);
+    within(y, truth.y, truth.y_bound, emulator::text("y of shape %zu", i).c_str());
+    if (s.wants_h) within(h, truth.h, truth.h_bound, emulator::text("h of shape %zu", i).c_str());
+    errors.add(y, truth);
+  }
+  errors.pass();
+}
+
+// Every product and sum is exact, so each single term counts.
+template <class T>
+void whole_numbers(uint64_t seed) {
+  for (size_t i = 0; i < sizeof kRagged / sizeof *kRagged; ++i) {
+    const Shape& s = kRagged[i];
+    const Operands in = operands<T>(s, true);
+    static std::map<size_t, Truth> known;
+    if (!known.count(i)) known[i] = truth_of<T>(s, in);
+    for (double one : known[i].h) check::that(std::fabs(one) <= 256, "h is exact in bf16", i);
+    for (double one : known[i].y) check::that(std::fabs(one) <= 256, "y is exact in bf16", i);
+    const Outputs out = run<T>(s, in, seed % 2, {seed});
+    const auto y = wide<T>(out.y), h = wide<T>(out.h);
+    for (size_t j = 0; j < y.size(); ++j) check::equal(y[j], known[i].y[j], emulator::text("y of shape %zu", i).c_str(), j);
+    for (size_t j = 0; j < h.size(); ++j) check::equal(h[j], known[i].h[j], emulator::text("h of shape %zu", i).c_str(), j);
+  }
+}
+
+// The barrier's counter is never reset, and passes 32 bits.
+void launches_one_after_another(uint64_t seed) {
+  const Shape s{6, 520, 48, 90, true, true, 6, kH200};
+  const Operands in = operands<device::Bf16>(s, false);
+  const Outputs one = run<device::Bf16>(s, in, false, {seed}, 4);
+  const Outputs late = run<device::Bf16>(s, in, false, {seed}, 2, (1ull << 33) + 7);
+  const Outputs two = run<device::Bf16>(s, in, true, {seed}, 4);
+  check::that(one.y == late.y && one.y == two.y, "the same bits at every count");
+}
+
+// Two launches need not be resident together, nor a grid as a whole.
+void two_launches_with_few_blocks_resident(uint64_t seed) {
+  const Shape s{6, 520, 48, 90, true, true, 6, kH200};
+  const Operands in = operands<device::Bf16>(s, false);
+  const Outputs all = run<device::Bf16>(s, in, true, {seed}), few = run<device::Bf16>(s, in, true, {seed, 2});
+  check::that(all.y == few.y && all.h == few.h, "the same bits");
+}
+
+// How much of u is prefetched does not show; nor does which row a token is in, or in which company.
+void bits_depend_on_sizes_alone(uint64_t seed) {
+  Shape s{12, 600, 256, 333, true, true, 5, kH200};
+  const Operands in = operands<device::Bf16>(s, false);
+  const Outputs fits = run<device::Bf16>(s, in, false, {seed});
+  check::that(plan_of(s, false).prefetch > 8, "all of u fits");
+  for (int limit : {60 << 10, 46 << 10, 43 << 10}) {
+    s.smem_limit = limit;
+    check::that(plan_of(s, false).prefetch < 8, "not all of u fits");
+    check::that(run<device::Bf16>(s, in, false, {seed}).y == fits.y, "the same bits with a prefetch of", plan_of(s, false).prefetch);
+  }
+  check::that(plan_of(s, false).prefetch == 0, "nothing of u fits");
+  s.smem_limit = kH200;
+  s.m = 5;  // one tile of tokens instead of two
+  Operands less = in;
+  less.x.assign(in.x.begin() + 7 * s.k, in.x.end());
+  const Outputs few = run<device::Bf16>(s, less, false, {seed});
+  check::that(std::equal(few.y.begin(), few.y.end(), fits.y.begin() + 7 * s.n), "rows 7.. by themselves");
+}
+
+void not_a_number_stays_in_its_row(uint64_t seed) {
+  const Shape s{11, 264, 40, 50, true, true, 7, kH200};
+  Operands in = operands<device::Bf16>(s, false);
+  in.x[3 * s.k + 263] = 0x7fc0;
+  const auto y = wide<device::Bf16>(run<device::Bf16>(s, in, seed % 2, {seed}).y);
+  for (int token = 0; token < s.m; ++token) {
+    for (int column = 0; column < s.n; ++column) {
+      check::that(std::isnan(y[token * s.n + column]) == (token == 3), "only row 3 is NaN; row", token);
+    }
+  }
+}
+
+// Rows of 4096, 128 blocks: what a layer of a model is. Once: other seeds have the small shapes.
+void layer_of_a_model(uint64_t seed) {
+  if (seed != 1) return;
+  const Shape s{8, 4096, 512, 4096, false, false, 132, kH200};
+  check::that(plan_of(s, false).grid == 128, "128 blocks are no slower than 132");
+  check::that(plan_of(s, false).prefetch == 4, "all of u is asked for early");
+  const Operands in = operands<device::Bf16>(s, true);
+  const auto y = wide<device::Bf16>(run<device::Bf16>(s, in, false, {seed}).y);
+  const auto x = wide<device::Bf16>(in.x), v = wide<device::Bf16>(in.v), u = wide<device::Bf16>(in.u);
+  const auto expected = product<float>(product<float>(x, v, s.m, s.r, s.k), u, s.m, s.n, s.r);
+  for (size_t i = 0; i < y.size(); ++i) check::equal(y[i], expected[i], "y", i);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  return check::run(count, arguments,
+                    {{"ragged shapes, bf16", ragged_shapes<device::Bf16>},
+                     {"ragged shapes, fp16", ragged_shapes<device::Fp16>},
+                     {"whole numbers, bf16", whole_numbers<device::Bf16>},
+                     {"whole numbers, fp16", whole_numbers<device::Fp16>},
+                     {"launches one after another", launches_one_after_another},
+                     {"two launches, few blocks resident", two_launches_with_few_blocks_resident},
+                     {"bits depend on sizes alone", bits_depend_on_sizes_alone},
+                     {"NaN stays in its row", not_a_number_stays_in_its_row},
+                     {"layer of a model", layer_of_a_model}});
+}
