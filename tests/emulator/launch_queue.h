@@ -8,18 +8,20 @@
 
 namespace emulator {
 
-// The kernel's name in the symbol table, which needs -rdynamic; nvcc's is the same.
+// The kernel's name in the symbol table, where it is if the kernel is in no anonymous namespace and the program was linked
+// with -rdynamic; nvcc's is the same.
 inline std::string mangled_name(void* kernel) {
   Dl_info info;
-  return dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "a kernel without a name (link with -rdynamic)";
+  return dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "unnamed_kernel";
 }
 
 inline std::string readable_name(const std::string& mangled) {
   int status = 0;
   char* readable = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
-  std::string name = status == 0 ? readable : mangled;
+  const std::string name = status == 0 ? readable : mangled;
   free(readable);
-  return name.substr(0, name.find('('));
+  const size_t begin = name.compare(0, 5, "void ") == 0 ? 5 : 0;  // templates' names start with what they return
+  return name.substr(begin, name.find('(', begin) - begin);
 }
 
 template <class Launch>

@@ -30,10 +30,10 @@ const Shape kRagged[] = {
     {2, 2056, 8, 64, true, true, 132, kH200},     // eight splits, an item for each warp at most
     {5, 1048, 136, 100, false, false, 12, kH200},
     {13, 1160, 56, 250, true, true, 3, kH200},    // more units and tiles than blocks
-    {16, 72, 2048, 40, true, true, 132, kH200},   // the largest rank
+    {16, 72, 2048, 40, true, true, 12, kH200},    // the largest rank
     {7, 600, 256, 333, true, true, 5, 36 << 10},  // u does not fit: the rest goes to registers
     {12, 600, 256, 333, true, true, 5, 54 << 10},
-    {4, 320, 520, 700, false, true, 5, 26 << 10},  // little of u fits
+    {4, 320, 520, 700, false, true, 5, 32 << 10},  // next to nothing of u fits
 };
 
 struct Operands {
@@ -266,13 +266,13 @@ void bits_depend_on_sizes_alone(uint64_t seed) {
   Shape s{12, 600, 256, 333, true, true, 5, kH200};
   const Operands in = operands<device::Bf16>(s, false);
   const Outputs fits = run<device::Bf16>(s, in, false, {seed});
-  check::that(plan_of(s, false).prefetch > 8, "all of u fits");
-  for (int limit : {60 << 10, 46 << 10, 43 << 10}) {
-    s.smem_limit = limit;
-    check::that(plan_of(s, false).prefetch < 8, "not all of u fits");
-    check::that(run<device::Bf16>(s, in, false, {seed}).y == fits.y, "the same bits with a prefetch of", plan_of(s, false).prefetch);
+  const DecodePlan plan = plan_of(s, false);
+  check::equal(plan.prefetch, 5, "items of a warp, all of which fit");
+  for (int prefetch : {0, 1, 4}) {
+    s.smem_limit = decode_memory(plan.token_tiles, plan.tiles, s.r, prefetch).bytes;
+    check::equal(plan_of(s, false).prefetch, prefetch, "prefetch");
+    check::that(run<device::Bf16>(s, in, false, {seed}).y == fits.y, "the same bits with a prefetch of", prefetch);
   }
-  check::that(plan_of(s, false).prefetch == 0, "nothing of u fits");
   s.smem_limit = kH200;
   s.m = 5;  // one tile of tokens instead of two
   Operands less = in;

@@ -254,32 +254,38 @@ inline void wake(std::vector<Fiber*>& fibers) {
   fibers.clear();
 }
 
-// Who waits for what, threads with the same reason in one line.
+inline bool is_same(const Wait& a, const Wait& b) {
+  return a.what == b.what && a.address == b.address && a.detail == b.detail;
+}
+
+// Who waits for what: a line for neighbouring threads of a block with the same reason.
+inline std::string waits(const Block& block) {
+  std::string lines;
+  for (int first = 0, next; first < block.threads; first = next) {
+    const Fiber& fiber = block.fibers[first];
+    for (next = first + 1; next < block.threads && block.fibers[next].state == fiber.state &&
+                           is_same(block.fibers[next].wait, fiber.wait); ++next) {
+    }
+    if (fiber.state == State::ended) continue;
+    const Wait& wait = fiber.wait;
+    lines += text("\n  %s, threads %d..%d: %s", name_of(block).c_str(), first, next - 1, wait.what ? wait.what : "start");
+    if (wait.address) lines += text(" 0x%x, %d", wait.address, wait.detail);
+  }
+  return lines;
+}
+
 inline std::string waits() {
-  std::map<std::string, std::string> lines;
+  std::string lines;
   for (auto& grid : machine.grids) {
     for (auto& cluster : grid->clusters) {
       if (!cluster) continue;
       for (auto& block : cluster->blocks) {
-        for (int t = 0; t < block->threads; ++t) {
-          const Fiber& fiber = block->fibers[t];
-          if (fiber.state == State::ended) continue;
-          const Wait& w = fiber.wait;
-          std::string key = name_of(*block) + text(": %s 0x%x, %d: threads", w.what ? w.what : "start", w.address, w.detail);
-          const bool follows = t > 0 && block->fibers[t - 1].state != State::ended && !strcmp(block->fibers[t - 1].wait.what, w.what) &&
-                               block->fibers[t - 1].wait.address == w.address;
-          if (!follows) lines[key] += text(" %d..", t);
-        }
+        if (lines.size() > 2000) return lines + "\n  and more";
+        lines += waits(*block);
       }
     }
   }
-  std::string all;
-  int shown = 0;
-  for (auto& [key, threads] : lines) {
-    if (++shown <= 16) all += "\n  " + key + threads;
-  }
-  if (shown > 16) all += text("\n  and %d more", shown - 16);
-  return all;
+  return lines;
 }
 
 inline Fiber* take(std::vector<Fiber*>& fibers) {
@@ -362,6 +368,9 @@ inline void start_clusters() {
   for (auto& grid : machine.grids) {
     if (grid->is_complete) continue;
     if (!grid->has_begun && !may_begin(*grid)) return;
+    if (grid->is_cooperative && limit && grid->blocks > limit) {
+      fail("cooperative launch of %s: %d blocks, %d fit", grid->name.c_str(), grid->blocks, limit);
+    }
     grid->has_begun = true;
     while (!grid->unstarted.empty() && (!limit || machine.resident_blocks + grid->cluster <= limit)) start_cluster(*grid);
     if (!grid->unstarted.empty()) return;
