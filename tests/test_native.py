@@ -66,10 +66,33 @@ def config(**problem):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_path_for_every_m(dtype, device):
-    has_kernel = dtype in ("float32", "bfloat16") or (device, dtype) == ("cuda", "float16")
+    has_kernel = dtype in {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}[device]
     for m in range(20_001):
         due = "empty" if m == 0 else "decode" if m <= 16 and has_kernel else "library"
         assert config(m=m, dtype=dtype, device=device)["path"] == due, m
+
+
+@needs_library
+@pytest.mark.parametrize("problem, path", [
+    ({}, "decode"), ({"is_aligned": False}, "library"),
+    ({"k": 4100}, "library"), ({"r": 500}, "library"), ({"n": 4097}, "decode"),  # rows of 16 bytes; n may be anything
+    ({"r": 2048}, "decode"), ({"r": 2056}, "library"), ({"k": 32768}, "decode"), ({"k": 32776}, "library"),
+    ({"k": 0}, "library"), ({"r": 0}, "library"), ({"n": 0}, "library"), ({"n": 1 << 21}, "library"),
+    ({"arch": 80, "sm_count": 108}, "decode"), ({"arch": 86, "sm_count": 46}, "decode"), ({"arch": 89, "sm_count": 20}, "decode"),
+    ({"arch": 75}, "library"), ({"arch": 100}, "library"), ({"arch": 120}, "library"),  # not built for, or not measured on
+    ({"n": 128256}, "decode"), ({"n": 128256, "arch": 89}, "library")])  # the sums of a block do not fit 99 KB
+def test_which_problems_the_gpu_kernel_covers(problem, path):
+    assert config(m=16, device="cuda", **problem)["path"] == path
+
+
+@needs_library
+@pytest.mark.parametrize("m, n, k, r, grid, splits, prefetch", [(1, 4096, 4096, 512, 128, 4, 4), (16, 14336, 4096, 1024, 128, 2, 22),
+                                                                (8, 768, 768, 192, 48, 3, 1), (8, 3072, 768, 192, 96, 3, 2)])
+def test_plan_of_a_gpu_launch(m, n, k, r, grid, splits, prefetch):
+    found = config(m=m, n=n, k=k, r=r, device="cuda")
+    assert (found["grid"], found["splits"], found["prefetch"]) == (grid, splits, prefetch)
+    assert found["variant"] == "one launch" and found["token_tiles"] == (1 if m <= 8 else 2)
+    assert prefetch * 8192 < found["smem_bytes"] <= 232448
 
 
 @needs_library

@@ -19,6 +19,8 @@ struct Problem {
   Dtype dtype = Dtype::bfloat16;
   Device device = Device::cpu;
   CpuLevel level = CpuLevel::scalar;  // device cpu
+  int arch = 90, sm_count = 132;      // device cuda: 80 for compute capability 8.0; multiprocessors
+  bool is_aligned = true;             // device cuda: operands start at multiples of 16 bytes
 };
 
 using Described = std::vector<std::pair<std::string, std::variant<int64_t, std::string>>>;  // a configuration, printable

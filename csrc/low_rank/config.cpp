@@ -11,7 +11,7 @@ constexpr int64_t kRowTile = 4;
 int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 Config cpu_config(const Problem& p) {
-  Config config{Path::library, 0, 0, 0};
+  Config config;
   if (p.dtype != Dtype::float32 && p.dtype != Dtype::bfloat16) return config;
   if (p.m > kDecodeRows) return config;
   config.path = Path::decode;
@@ -28,10 +28,23 @@ Config cpu_config(const Problem& p) {
   return config;
 }
 
-// Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do.
+// Bytes of shared memory that a block may have; 0: a GPU for which this build has machine code at best through PTX, where
+// our kernels wait for a measurement.
+int shared_memory_of(int arch) {
+  if (arch == 90) return 227 << 10;
+  if (arch == 80 || arch == 87) return 163 << 10;
+  return arch > 80 && arch < 90 ? 99 << 10 : 0;
+}
+
+// Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one launch,
+// because that needs nothing of the stream before it.
 Config cuda_config(const Problem& p) {
-  const bool has_kernel = p.dtype == Dtype::float32 || p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16;
-  return {has_kernel && p.m <= kDecodeRows ? Path::decode : Path::library, 0, 0, 0};
+  Config config;
+  if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return config;
+  if (p.m > kDecodeRows || !p.is_aligned) return config;
+  config.plan = plan_decode(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch), false);
+  if (config.plan.token_tiles > 0) config.path = Path::decode;
+  return config;
 }
 
 const char* name_of_path(Path path) {
@@ -47,6 +60,15 @@ Described describe(const Problem& p) {
                            {"first_grain", config.first_grain},
                            {"second_grain", config.second_grain}});
   }
+  if (config.path == Path::decode && p.device == Device::cuda) {
+    const DecodePlan& plan = config.plan;
+    all.insert(all.end(), {{"variant", plan.first_smem_bytes > 0 ? "two launches" : "one launch"},
+                           {"token_tiles", plan.token_tiles},
+                           {"splits", plan.splits},
+                           {"grid", plan.grid},
+                           {"prefetch", plan.prefetch},
+                           {"smem_bytes", plan.smem_bytes}});
+  }
   return all;
 }
 
@@ -55,7 +77,11 @@ const RegisterOp registered({"low_rank", compiled_cpu_levels(), compiled_cuda_ar
 }  // namespace
 
 Config choose_config(const Problem& problem) {
-  if (problem.m == 0) return {Path::empty, 0, 0, 0};
+  if (problem.m == 0) {
+    Config config;
+    config.path = Path::empty;
+    return config;
+  }
   return problem.device == Device::cpu ? cpu_config(problem) : cuda_config(problem);
 }
 

@@ -136,37 +136,64 @@ std::tuple<Tensor, Tensor> low_rank_training_cpu(const Tensor& x, const Tensor& 
 
 #ifdef LOWFAT_CUDA
 
-void launch(const Product& product, Dtype dtype, void* stream) {
-  const char* error = launch_decode(product, dtype, stream);
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
+
+void check_launch(const char* error, const Gpu& gpu) {
   if (!error) return;
   std::string archs;
   for (const std::string& arch : compiled_cuda_archs()) archs += " " + arch;
-  STD_TORCH_CHECK(false, "low_rank: ", error, "; built for", archs, ", this device is sm_", device_arch());
+  STD_TORCH_CHECK(false, "low_rank: ", error, "; built for", archs, ", this device is sm_", gpu.arch);
+}
+
+Result library_cuda(const Arguments& in) {
+  cuda_library_calls.count();
+  return library(in);
+}
+
+Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, bool keep_h) {
+  const Sizes s = check(x, v, u, bias);
+  const int device = s.kind.device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Arguments in(x, v, u, bias);
+  const Gpu gpu = gpu_of(device);
+  const bool aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
+  const Config config =
+      choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned});
+  if (config.path == Path::library) return library_cuda(in);
+  Result result{empty_rows(in.x, s.kind, s.n), std::nullopt};
+  if (keep_h) result.h = empty_rows(in.x, s.kind, s.r);
+  if (config.path == Path::empty) return result;
+
+  void* stream = current_cuda_stream(device);
+  const char* error = nullptr;
+  uint64_t* counter = grid_counter(device, stream, config.plan.grid, error);
+  check_launch(error, gpu);
+  if (!counter) return library_cuda(in);
+  cuda_decode_calls.count();
+  Kind floats = s.kind;
+  floats.dtype = aoti_torch_dtype_float32();
+  const Tensor partials = empty_rows(in.x, floats, config.plan.splits * s.r);
+  DecodeParams p{};
+  p.x = elements(in.x), p.v = elements(in.v), p.u = elements(in.u), p.bias = in.bias ? elements(*in.bias) : nullptr;
+  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.h = keep_h ? static_cast<uint16_t*>(result.h->mutable_data_ptr()) : nullptr;
+  p.y = static_cast<uint16_t*>(result.y.mutable_data_ptr());
+  p.counter = counter;
+  p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
+  check_launch(launch_decode(config.plan, p, s.dtype, stream), gpu);
+  return result;
+}
+
+Tensor low_rank_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
+  return forward_cuda(x, v, u, bias, false).y;
 }
 
 std::tuple<Tensor, Tensor> low_rank_training_cuda(const Tensor& x, const Tensor& v, const Tensor& u,
                                                   const std::optional<Tensor>& bias) {
-  const Sizes s = check(x, v, u, bias);
-  const torch::stable::accelerator::DeviceGuard guard(s.kind.device_index);
-  const Arguments in(x, v, u, bias);
-  const Config config = choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar});
-  if (config.path == Path::library) {
-    cuda_library_calls.count();
-    Result result = library(in);
-    return {std::move(result.y), std::move(*result.h)};
-  }
-  Tensor y = empty_rows(in.x, s.kind, s.n), h = empty_rows(in.x, s.kind, s.r);
-  if (config.path == Path::empty) return {std::move(y), std::move(h)};
-
-  cuda_decode_calls.count();
-  void* stream = current_cuda_stream(s.kind.device_index);
-  launch(in.first(s, h.mutable_data_ptr()), s.dtype, stream);
-  launch(in.second(s, h.const_data_ptr(), y.mutable_data_ptr()), s.dtype, stream);
-  return {std::move(y), std::move(h)};
-}
-
-Tensor low_rank_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
-  return std::get<0>(low_rank_training_cuda(x, v, u, bias));
+  Result result = forward_cuda(x, v, u, bias, true);
+  return {std::move(result.y), std::move(*result.h)};
 }
 
 #endif

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "host/op_table.h"
+#include "low_rank/decode_layout.h"
 
 namespace low_rank {
 
@@ -12,10 +13,11 @@ constexpr int64_t kDecodeRows = 16;  // m up to which a pass over the weights co
 enum class Path { empty, decode, library };
 
 struct Config {
-  Path path;
-  int64_t row_tile;      // rows of a weight that share one load of x
-  int64_t first_grain;   // row tiles of v per task; 0: one thread does all
-  int64_t second_grain;  // row tiles of u per task; 0: one thread does all
+  Path path = Path::library;
+  int64_t row_tile = 0;      // CPU: rows of a weight that share one load of x
+  int64_t first_grain = 0;   // CPU: row tiles of v per task; 0: one thread does all
+  int64_t second_grain = 0;  // CPU: row tiles of u per task; 0: one thread does all
+  DecodePlan plan;           // GPU
 };
 
 Config choose_config(const Problem& problem);
@@ -43,8 +45,32 @@ CpuKernel cpu_kernel_scalar(Dtype dtype);
 CpuKernel cpu_kernel_avx2(Dtype dtype);
 CpuKernel cpu_kernel_avx512(Dtype dtype, int64_t m);
 
-// GPU, m <= kDecodeRows. Returns null, or what CUDA says is wrong.
-const char* launch_decode(const Product& product, Dtype dtype, void* stream);
-int device_arch();  // 80 for compute capability 8.0
+// The decode kernels of a GPU (decode.cu); elements are bf16 or fp16.
+struct DecodeParams {
+  const uint16_t* x;     // [m, k], like v and u with 16-byte aligned rows
+  const uint16_t* v;     // [r, k]
+  const uint16_t* u;     // [n, r]
+  const uint16_t* bias;  // [n] or null
+  float* partials;       // [splits, m, r], workspace
+  uint16_t* h;           // [m, r] or null, where nobody wants it
+  uint16_t* y;           // [m, n]
+  uint64_t* counter;     // of one launch: the barrier's, used by no grid of another size and by none at the same time
+  int m, n, k, r;
+  int splits, tiles, prefetch;  // of the plan
+};
+
+// Returns null, or what CUDA says is wrong. Fills in what comes from the plan.
+const char* launch_decode(const DecodePlan& plan, DecodeParams params, Dtype dtype, void* stream);
+
+// What the host side asks of CUDA (gpu.cu).
+struct Gpu {
+  int arch = 0;  // 80 for compute capability 8.0
+  int sm_count = 0;
+};
+Gpu gpu_of(int device);
+
+// The barrier's counter for grids of one size on one stream of the current device; null when there are no more, or, with
+// `error` set, when CUDA says that something is wrong.
+uint64_t* grid_counter(int device, void* stream, int grid, const char*& error);
 
 }  // namespace low_rank

@@ -22,13 +22,21 @@ class Expected:
     tensor_core: str | None = None  # opcode that does the products; then none is done by FFMA in a loop
     weight_loads: int = 0  # 128-bit global loads, at least
     before_barrier: int = 0  # of them in front of the first barrier: what must be in flight while blocks wait
+    copies_before_barrier: int = 0  # cp.async in front of the first barrier, at least: the same, to shared memory
     fences: int = 0  # MEMBAR instructions, exactly
-    narrow_loads: bool = False  # loads of single elements are allowed: there is a path for addresses without alignment
+    narrow_loads: bool = False  # loads of single elements are allowed: of operands without alignment
 
 
+# low_rank/decode.cu. In front of the first barrier stand 16 loads of v (a batch and the one ahead) and one of x for each of
+# their steps at least; then, before h is there, the copies of u: a loop unrolled to 8, and 2 for its tail. decode_second loads
+# nothing to registers before it waits (ptxas would put such loads behind ACQBULK). The one fence is the release of the grid's
+# barrier. The narrow load is the bias, at any address.
+DECODE = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 KERNELS = [
-    Expected("low_rank/forward.cu", r"decode<.*DecodeConfig<\S+, \d+, true>", registers=96, weight_loads=1, narrow_loads=True),
-    Expected("low_rank/forward.cu", r"decode<.*DecodeConfig<\S+, \d+, false>", registers=96, narrow_loads=True),
+    Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
+             copies_before_barrier=10, fences=1, **DECODE),
+    Expected("low_rank/decode.cu", r"low_rank::decode_first<", registers=128, weight_loads=40, before_barrier=40, **DECODE),
+    Expected("low_rank/decode.cu", r"low_rank::decode_second<", registers=128, weight_loads=32, copies_before_barrier=10, **DECODE),
 ]
 
 
@@ -60,6 +68,9 @@ def faults(kernel: Kernel, expected: Expected) -> list[str]:
     early = [i for i in loads if not barriers or i < barriers[0]]
     if len(early) < expected.before_barrier:
         found.append(f"{len(early)} loads before the first barrier, expected {expected.before_barrier}")
+    copies = [i for i in kernel.find("LDGSTS") if not barriers or i < barriers[0]]
+    if len(copies) < expected.copies_before_barrier:
+        found.append(f"{len(copies)} copies before the first barrier, expected {expected.copies_before_barrier}")
     if not expected.narrow_loads and (narrow := kernel.find(r"LDG\.E\.(U8|S8|U16|S16)")):
         found.append(f"{len(narrow)} loads of single elements")
     if len(kernel.find(FENCE)) != expected.fences:

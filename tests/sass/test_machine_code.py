@@ -1,4 +1,6 @@
 """The machine-code gate: what a kernel was compiled to is what its author meant, on every architecture of the wheel."""
+from dataclasses import replace
+
 import pytest
 from sass.expected import KERNELS, Expected, expected_of, faults
 from sass.machine_code import ARCHS, ROOT, Instruction, Kernel, compile_source, disassembly, nvcc, nvdisasm
@@ -81,3 +83,10 @@ def test_a_listing_is_read_with_predicates_and_without_other_sections():
 def test_the_gate_finds(fault, changed):
     # each is one planted fault in machine code that passes
     assert any(fault in words for words in faults(changed, GOOD))
+
+
+def test_the_gate_counts_copies_in_front_of_the_barrier():
+    early = kernel(change=lambda code: [Instruction("LDGSTS.E.BYPASS.128", ""), *code])
+    late = kernel(change=lambda code: [*code, Instruction("LDGSTS.E.BYPASS.128", "")])
+    assert faults(early, replace(GOOD, copies_before_barrier=1)) == []
+    assert faults(late, replace(GOOD, copies_before_barrier=1)) == ["0 copies before the first barrier, expected 1"]
