@@ -209,12 +209,11 @@ inline void fly(const char* what, const Place& to, size_t bytes, const Place& ba
   if (!is_shared(*to.block, to.pointer, bytes)) fail("%s: writes outside of shared memory", what);
   read_mbarrier(barrier, what);
   memset(to.pointer, 0xff, bytes);
-  machine.flights.push_back({current_block().grid, &current_block(), what, [=, copy = std::move(copy)] {
+  start({current_block().grid, &current_block(), what, [=, copy = std::move(copy)] {
     copy();
     bytes_arrived(barrier, static_cast<int>(bytes), what);
     return true;
-  }});
-  machine.flights.back().other_block = to.block;
+  }, to.block});
   if (machine.random.one_in(8)) land(machine.flights.size() - 1);
 }
 
@@ -271,7 +270,7 @@ inline void tma_store(const TensorMap& map, int row, int column, const void* sme
   };
   store->group = current().store_groups;
   current().stores.push_back(store);
-  machine.flights.push_back({current_block().grid, nullptr, "tma_store", [store] { return advance(*store); }});
+  start({current_block().grid, nullptr, "tma_store", [store] { return advance(*store); }});
 }
 
 inline void commit_stores() { ++current().store_groups; }

@@ -166,12 +166,15 @@ struct Flight {
   const char* what;
   std::function<bool()> land;  // true: nothing left to do
   Block* other_block = nullptr;  // whose shared memory it writes
+  bool is_slow = false;
 };
 
 struct Machine {
   Options options;
   Random random;
-  size_t burst = 1;  // how often the fiber that became ready last goes first: 1 in burst not
+  size_t burst = 1;     // the fiber that became ready last goes first, but for one turn in `burst`, where any may
+  size_t patience = 1;  // an asynchronous operation takes effect one turn in so many
+  size_t slow_one_in = 1;        // of those started, one in so many waits until all others have taken effect; 1: none
   std::vector<std::unique_ptr<Grid>> grids;
   std::vector<Fiber*> ready, polling;
   std::vector<Flight> flights;
@@ -310,11 +313,27 @@ inline Fiber* next_fiber() {
   return fiber;
 }
 
+inline Flight& start(Flight flight) {
+  flight.is_slow = machine.slow_one_in > 1 && machine.random.one_in(machine.slow_one_in);
+  machine.flights.push_back(std::move(flight));
+  return machine.flights.back();
+}
+
+// A slow load waits for all that are not slow, a slow store for everything: whoever needs it forces it (wait_stores).
+inline size_t next_flight() {
+  const size_t count = machine.flights.size(), first = machine.random.below(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (!machine.flights[(first + i) % count].is_slow) return (first + i) % count;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (machine.flights[(first + i) % count].block) return (first + i) % count;
+  }
+  return first;
+}
+
 inline void land(size_t index) {
-  Flight flight = std::move(machine.flights[index]);
-  machine.flights[index] = std::move(machine.flights.back());
-  machine.flights.pop_back();
-  if (!flight.land()) machine.flights.push_back(std::move(flight));
+  if (!machine.flights[index].land()) return;
+  machine.flights.erase(machine.flights.begin() + index);
   progress();
 }
 
@@ -446,15 +465,20 @@ inline void synchronize(Options options = {}) {
   m.random = Random(options.seed);
   constexpr size_t kBursts[] = {1, 3, 40};  // all orders alike; warps that run ahead; one warp after another, nearly
   m.burst = kBursts[m.random.below(3)];
+  constexpr size_t kPatience[] = {8, 200, 100000};  // the last: when nobody else can run
+  m.patience = kPatience[m.random.below(3)];
+  constexpr size_t kSlow[] = {1, 2, 2};
+  m.slow_one_in = kSlow[m.random.below(3)];
   try {
     while (!is_complete()) {
       start_clusters();
-      const bool is_landing = !m.flights.empty() && m.random.one_in(8);
+      bool is_landing = !m.flights.empty() && m.random.one_in(m.ready.empty() ? 2 : m.patience);
+      if (is_landing && m.flights[next_flight()].is_slow && !m.ready.empty()) is_landing = false;
       Fiber* fiber = is_landing ? nullptr : next_fiber();
       if (fiber) {
         resume(*fiber);
       } else if (!m.flights.empty()) {
-        land(m.random.below(m.flights.size()));
+        land(next_flight());
       } else {
         fail("deadlock: no thread can go on%s", waits().c_str());
       }

@@ -345,7 +345,8 @@ void conversions(uint64_t seed) {
   }
   const double largest = sorted.back().first, overflow = largest + (largest - sorted[sorted.size() - 2].first) / 2;
   sorted.emplace_back(2 * largest, static_cast<uint16_t>(sorted.size()));
-  std::vector<float> values = {0.f, -0.f, INFINITY, -INFINITY, NAN, static_cast<float>(overflow), 1e-45f, -1e-8f, 5.9604645e-8f, 2.9802322e-8f};
+  std::vector<float> values = {0.f, -0.f, INFINITY, -INFINITY, NAN, static_cast<float>(overflow), std::nextafter(static_cast<float>(overflow), 0.f),
+                               static_cast<float>(largest), -static_cast<float>(largest), 1e-45f, -1e-8f, 5.9604645e-8f};
   Random random(seed);
   for (int i = 0; i < 3000; ++i) {
     const size_t at = random.below(sorted.size() - 2);

@@ -1,0 +1,21 @@
+"""Planted bugs must be found, and for the right reason: a failed check or a report of the emulator, no broken build or crash.
+
+A build each, so a change waits for one in four of them only; nightly all run."""
+import sys
+from pathlib import Path
+
+import pytest
+from test_emulator import needs_host
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mutants  # noqa: E402  (beside this file)
+
+CASES = [pytest.param(mutant, id=mutant.name.replace(" ", "_"), marks=[pytest.mark.nightly] if number % 4 else [])
+         for number, mutant in enumerate(mutants.MUTANTS)]
+
+
+@needs_host
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mutant", CASES)
+def test_killed(mutant):
+    assert mutants.outcome(mutant) == "killed"
