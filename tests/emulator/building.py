@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-rdynamic"]
 PLAIN = ["-O2"]  # the compiler may move accesses about, as nvcc would
 FAST = ["-O0"]  # for mutants: half the time to build
-SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def tests() -> list[str]:

@@ -48,6 +48,8 @@ void enqueue(void* kernel, const Launch& shape, std::function<void()> body) {
   grid->previous = machine.grids.empty() ? nullptr : machine.grids.back().get();
   for (int i = 0; i < grid->blocks / grid->cluster; ++i) grid->unstarted.push_back(i);
   grid->clusters.resize(grid->unstarted.size());
+  machine.unstarted_clusters += static_cast<int>(grid->unstarted.size());
+  ++machine.incomplete_grids;
   machine.grids.push_back(std::move(grid));
 }
 

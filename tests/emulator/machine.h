@@ -180,8 +180,8 @@ struct Machine {
   std::vector<Flight> flights;
   Fiber* current = nullptr;
   Context main;
-  int resident_blocks = 0;
-  uint64_t idle_polls = 0, switches = 0;
+  int resident_blocks = 0, unstarted_clusters = 0, incomplete_grids = 0;
+  uint64_t idle_polls = 0;
   std::string report;
   std::set<std::string> kernels_run;  // mangled names
 };
@@ -366,6 +366,7 @@ inline void start_cluster(Grid& grid) {
   std::swap(grid.unstarted[m.random.below(grid.unstarted.size())], grid.unstarted.back());
   const int number = grid.unstarted.back();
   grid.unstarted.pop_back();
+  --m.unstarted_clusters;
   Cluster& cluster = *(grid.clusters[number] = std::make_unique<Cluster>());
   cluster.number = number;
   for (int rank = 0; rank < grid.cluster; ++rank) {
@@ -383,6 +384,7 @@ inline void start_cluster(Grid& grid) {
 }
 
 inline void start_clusters() {
+  if (!machine.unstarted_clusters) return;
   const int limit = machine.options.resident_blocks;
   for (auto& grid : machine.grids) {
     if (grid->is_complete) continue;
@@ -412,6 +414,7 @@ inline void complete(Grid& grid) {
     else ++i;
   }
   grid.is_complete = true;
+  --machine.incomplete_grids;
   wake(grid.waiting);
 }
 
@@ -435,7 +438,6 @@ inline void end_fiber(Fiber& fiber) {
 }
 
 inline void resume(Fiber& fiber) {
-  ++machine.switches;
   fiber.state = State::ready;
   machine.current = &fiber;
   switch_context(machine.main, fiber.context);
@@ -444,17 +446,13 @@ inline void resume(Fiber& fiber) {
   if (fiber.state == State::ended) end_fiber(fiber);
 }
 
-inline bool is_complete() {
-  return std::all_of(machine.grids.begin(), machine.grids.end(), [](auto& grid) { return grid->is_complete; });
-}
-
 inline void forget_everything() {
   machine.ready.clear();
   machine.polling.clear();
   machine.flights.clear();
   machine.grids.clear();
   machine.report.clear();
-  machine.resident_blocks = 0;
+  machine.resident_blocks = machine.unstarted_clusters = machine.incomplete_grids = 0;
   machine.idle_polls = 0;
 }
 
@@ -470,7 +468,7 @@ inline void synchronize(Options options = {}) {
   constexpr size_t kSlow[] = {1, 2, 2};
   m.slow_one_in = kSlow[m.random.below(3)];
   try {
-    while (!is_complete()) {
+    while (m.incomplete_grids) {
       start_clusters();
       bool is_landing = !m.flights.empty() && m.random.one_in(m.ready.empty() ? 2 : m.patience);
       if (is_landing && m.flights[next_flight()].is_slow && !m.ready.empty()) is_landing = false;
