@@ -75,7 +75,8 @@ LOWFAT_DEVICE uint16_t narrow<Fp16>(float value) {
   int exponent;
   std::frexp(size, &exponent);  // size = [0.5, 1) 2^exponent
   if (exponent < -13 || size == 0) exponent = -13;  // zero and the subnormals share the smallest exponent
-  const int fraction = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // 1024..2048, or less if subnormal
+  const int fraction =
+      static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // 1024..2048, or less if subnormal
   return sign | static_cast<uint16_t>((exponent + 13) * 1024 + fraction);  // a fraction of 2048 carries into the exponent
 #endif
 }

@@ -31,7 +31,8 @@ LOWFAT_DEVICE uint4 load16(const void* gmem) {
   return v;
 }
 
-// 16 bytes that other blocks of this grid, or the grid before, wrote: from L2, where they meet. Only after the barrier or wait.
+// 16 bytes that other blocks of this grid, or the grid before, wrote: from L2, where they meet. Only after the barrier or
+// wait.
 LOWFAT_DEVICE uint4 load16_l2(const void* gmem) {
   uint4 v;
 #ifdef __CUDACC__

@@ -1,7 +1,7 @@
 // Barriers in shared memory that count arrivals of threads and bytes of asynchronous copies; sm_90.
 //
-// A phase completes when the expected arrivals have come and no bytes are outstanding; then the next begins. Waiting takes the
-// parity of a phase: 0 for the first, 1 for the second, 0 ...; before the first has completed, the phase "before" it, of
+// A phase completes when the expected arrivals have come and no bytes are outstanding; then the next begins. Waiting takes
+// the parity of a phase: 0 for the first, 1 for the second, 0 ...; before the first has completed, the phase "before" it, of
 // parity 1, counts as complete, so a producer's first waits for empty slots return at once.
 #pragma once
 
@@ -50,7 +50,8 @@ LOWFAT_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
 #ifndef __CUDACC__
   emulator::mbarrier_arrive(barrier, bytes);
 #elif defined(LOWFAT_SM90)
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 #else
   unreachable_here();
 #endif

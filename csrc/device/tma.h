@@ -35,7 +35,8 @@ inline const char* what_is_wrong(const Tiled& t) {
   if (t.rows < 1 || t.columns < 1) return "the matrix is empty";
   if (t.row_stride * t.element_bytes % 16) return "the row stride must be a multiple of 16 bytes";
   if (t.row_stride < t.columns) return "rows overlap";
-  if (t.box_rows < 1 || t.box_rows > 256 || t.box_columns < 1 || t.box_columns > 256) return "a box has 1 to 256 rows and columns";
+  if (t.box_rows < 1 || t.box_rows > 256 || t.box_columns < 1 || t.box_columns > 256)
+    return "a box has 1 to 256 rows and columns";
   if (t.box_columns * t.element_bytes % 16) return "a box row must be a multiple of 16 bytes";
   if (t.is_swizzled && t.box_columns * t.element_bytes != 128) return "a swizzled box has rows of 128 bytes";
   return nullptr;
@@ -49,7 +50,8 @@ inline const char* make_tensor_map(TensorMap& map, const Tiled& t) {
   static void* const encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t code =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
     return code == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
   }();
   if (!encode) return "the driver cannot make tensor maps";
@@ -58,14 +60,21 @@ inline const char* make_tensor_map(TensorMap& map, const Tiled& t) {
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(t.box_columns), static_cast<cuuint32_t>(t.box_rows)};
   const cuuint32_t every[2] = {1, 1};
   const CUresult code = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(encode)(
-      &map, t.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, const_cast<void*>(t.gmem),
-      size, stride_bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, t.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2,
+      const_cast<void*>(t.gmem), size, stride_bytes, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
       t.is_swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return code == CUDA_SUCCESS ? nullptr : "the driver refuses the tensor map";
 #else
-  map = {static_cast<const uint8_t*>(t.gmem), t.rows, t.columns * t.element_bytes, t.row_stride * t.element_bytes, t.box_rows,
-         t.box_columns * t.element_bytes, t.element_bytes, t.is_swizzled, {}};
+  map = {static_cast<const uint8_t*>(t.gmem),
+         t.rows,
+         t.columns * t.element_bytes,
+         t.row_stride * t.element_bytes,
+         t.box_rows,
+         t.box_columns * t.element_bytes,
+         t.element_bytes,
+         t.is_swizzled,
+         {}};
   return nullptr;
 #endif
 }
@@ -149,10 +158,10 @@ LOWFAT_DEVICE void bulk_load(void* smem, const void* gmem, int bytes, uint64_t* 
 #ifndef __CUDACC__
   emulator::bulk_load(smem, gmem, bytes, barrier);
 #elif defined(LOWFAT_SM90)
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(smem)),
-               "l"(gmem), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(smem)),
+      "l"(gmem), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
 #else
   unreachable_here();
 #endif
@@ -164,9 +173,10 @@ LOWFAT_DEVICE void bulk_copy_to_peer(uint32_t peer_smem, const void* smem, int b
 #ifndef __CUDACC__
   emulator::bulk_copy_to_peer(peer_smem, smem, bytes, peer_barrier);
 #elif defined(LOWFAT_SM90)
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(peer_smem),
-               "r"(shared_address(smem)), "r"(bytes), "r"(peer_barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(peer_smem),
+      "r"(shared_address(smem)), "r"(bytes), "r"(peer_barrier)
+      : "memory");
 #else
   unreachable_here();
 #endif

@@ -41,17 +41,18 @@ constexpr uint64_t kNextKOfMn = 2 * kAtomBytes >> 4;  // 16 rows, two atoms, fur
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // The instruction with kDs accumulator registers; operands follow them by number.
-#define LOWFAT_WGMMA(kN, kDs, kA, kB, kP, kTa, kTb, kType)                                                                 \
-  asm volatile("{\n.reg .pred is_adding;\nsetp.ne.b32 is_adding, %" kP ", 0;\n"                                            \
-               "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType "." kType " {" LOWFAT_REGISTERS_##kDs "}, %" kA ", %" kB \
-               ", is_adding, 1, 1, %" kTa ", %" kTb ";\n}"                                                                 \
-               : LOWFAT_IN_OUT_##kDs(d, 0)                                                                                 \
+#define LOWFAT_WGMMA(kN, kDs, kA, kB, kP, kTa, kTb, kType)                                                    \
+  asm volatile("{\n.reg .pred is_adding;\nsetp.ne.b32 is_adding, %" kP                                        \
+               ", 0;\n"                                                                                       \
+               "wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." kType "." kType " {" LOWFAT_REGISTERS_##kDs \
+               "}, %" kA ", %" kB ", is_adding, 1, 1, %" kTa ", %" kTb ";\n}"                                 \
+               : LOWFAT_IN_OUT_##kDs(d, 0)                                                                    \
                : "l"(a), "l"(b), "r"(static_cast<int>(is_adding)), "n"(kMajorA == Major::mn), "n"(kMajorB == Major::mn))
-#define LOWFAT_WGMMA_OF(kN, kDs, kA, kB, kP, kTa, kTb)             \
-  if constexpr (std::is_same<T, Bf16>::value) {                    \
-    LOWFAT_WGMMA(kN, kDs, kA, kB, kP, kTa, kTb, "bf16");           \
-  } else {                                                         \
-    LOWFAT_WGMMA(kN, kDs, kA, kB, kP, kTa, kTb, "f16");            \
+#define LOWFAT_WGMMA_OF(kN, kDs, kA, kB, kP, kTa, kTb)   \
+  if constexpr (std::is_same<T, Bf16>::value) {          \
+    LOWFAT_WGMMA(kN, kDs, kA, kB, kP, kTa, kTb, "bf16"); \
+  } else {                                               \
+    LOWFAT_WGMMA(kN, kDs, kA, kB, kP, kTa, kTb, "f16");  \
   }
 #endif
 

@@ -21,12 +21,11 @@
 #define LOWFAT_REGISTERS_8 LOWFAT_TEXT_0
 #define LOWFAT_REGISTERS_16 LOWFAT_REGISTERS_8 ", " LOWFAT_TEXT_8
 #define LOWFAT_REGISTERS_32 LOWFAT_REGISTERS_16 ", " LOWFAT_TEXT_16 ", " LOWFAT_TEXT_24
-#define LOWFAT_REGISTERS_64 LOWFAT_REGISTERS_32 ", " \
-  LOWFAT_TEXT_32 ", " LOWFAT_TEXT_40 ", " \
-  LOWFAT_TEXT_48 ", " LOWFAT_TEXT_56
-#define LOWFAT_REGISTERS_128 LOWFAT_REGISTERS_64 ", " \
-  LOWFAT_TEXT_64 ", " LOWFAT_TEXT_72 ", " LOWFAT_TEXT_80 ", " LOWFAT_TEXT_88 ", " \
-  LOWFAT_TEXT_96 ", " LOWFAT_TEXT_104 ", " LOWFAT_TEXT_112 ", " LOWFAT_TEXT_120
+#define LOWFAT_REGISTERS_64 \
+  LOWFAT_REGISTERS_32 ", " LOWFAT_TEXT_32 ", " LOWFAT_TEXT_40 ", " LOWFAT_TEXT_48 ", " LOWFAT_TEXT_56
+#define LOWFAT_REGISTERS_128                                                                                              \
+  LOWFAT_REGISTERS_64 ", " LOWFAT_TEXT_64 ", " LOWFAT_TEXT_72 ", " LOWFAT_TEXT_80 ", " LOWFAT_TEXT_88 ", " LOWFAT_TEXT_96 \
+                      ", " LOWFAT_TEXT_104 ", " LOWFAT_TEXT_112 ", " LOWFAT_TEXT_120
 
 #define LOWFAT_IN_OUT_8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])

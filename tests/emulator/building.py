@@ -22,8 +22,8 @@ def compiler() -> str:
 def build(name: str, to: Path, mode: list[str], root: Path = ROOT) -> subprocess.CompletedProcess:
     """Compiles tests/emulator/<name>.cpp of the tree at root into the file `to`; kernels are found as from csrc/."""
     folder = root / "tests" / "emulator"
-    command = [compiler(), *FLAGS, *mode, f"-I{root / 'csrc'}", f"-I{folder}", str(folder / f"{name}.cpp"), "-o", str(to), "-ldl"]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [compiler(), *FLAGS, *mode, f"-I{root / 'csrc'}", f"-I{folder}", str(folder / f"{name}.cpp"), "-o", str(to)]
+    return subprocess.run([*command, "-ldl"], capture_output=True, text=True)
 
 
 def run(executable: Path, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess:

@@ -33,7 +33,8 @@ inline Mbarrier read_mbarrier(const Place& place, const char* what) {
   if (!is_shared(*place.block, place.pointer, 8)) fail("%s: the mbarrier is not in shared memory", what);
   Mbarrier barrier;
   memcpy(&barrier, place.pointer, 8);
-  if (barrier.mark != kMbarrierMark) fail("%s: no mbarrier at shared address 0x%x (not initialized?)", what, place.address());
+  if (barrier.mark != kMbarrierMark)
+    fail("%s: no mbarrier at shared address 0x%x (not initialized?)", what, place.address());
   return barrier;
 }
 
@@ -67,7 +68,8 @@ inline void mbarrier_init(uint64_t* smem, int arrivals) {
 inline void arrive(const Place& place, int bytes, const char* what) {
   Mbarrier barrier = read_mbarrier(place, what);
   if (barrier.pending == 0) {
-    fail("%s: more than %d arrivals in a phase of the mbarrier at 0x%x", what, static_cast<int>(barrier.expected), place.address());
+    fail("%s: more than %d arrivals in a phase of the mbarrier at 0x%x", what, static_cast<int>(barrier.expected),
+         place.address());
   }
   barrier.pending -= 1;
   barrier.bytes += bytes;
@@ -209,11 +211,13 @@ inline void fly(const char* what, const Place& to, size_t bytes, const Place& ba
   if (!is_shared(*to.block, to.pointer, bytes)) fail("%s: writes outside of shared memory", what);
   read_mbarrier(barrier, what);
   memset(to.pointer, 0xff, bytes);
-  start({current_block().grid, &current_block(), what, [=, copy = std::move(copy)] {
-    copy();
-    bytes_arrived(barrier, static_cast<int>(bytes), what);
-    return true;
-  }, to.block});
+  start({current_block().grid, &current_block(), what,
+         [=, copy = std::move(copy)] {
+           copy();
+           bytes_arrived(barrier, static_cast<int>(bytes), what);
+           return true;
+         },
+         to.block});
   if (machine.random.one_in(8)) land(machine.flights.size() - 1);
 }
 
@@ -221,8 +225,10 @@ inline void tma_load(void* smem, const TensorMap& map, int row, int column, uint
   check_box(map, smem, "tma_load");
   const Place to = own(smem);
   fly("tma_load", to, box_bytes(map), own(barrier), [=] {
-    for_each_piece(map, to.address(), row, column, [&](uint8_t* gmem, size_t offset, int bytes) { memcpy(to.pointer + offset, gmem, bytes); },
-                   [&](size_t offset, int bytes) { memset(to.pointer + offset, 0, bytes); });
+    for_each_piece(
+        map, to.address(), row, column,
+        [&](uint8_t* gmem, size_t offset, int bytes) { memcpy(to.pointer + offset, gmem, bytes); },
+        [&](size_t offset, int bytes) { memset(to.pointer + offset, 0, bytes); });
   });
 }
 
@@ -265,8 +271,10 @@ inline void tma_store(const TensorMap& map, int row, int column, const void* sme
   auto store = std::make_shared<BulkStore>();
   store->read = [=](BulkStore& self) { self.bytes.assign(from.pointer, from.pointer + box_bytes(map)); };
   store->write = [=, address = from.address()](BulkStore& self) {  // the block may have ended by then
-    for_each_piece(map, address, row, column,
-                   [&](uint8_t* gmem, size_t offset, int bytes) { memcpy(gmem, self.bytes.data() + offset, bytes); }, [](size_t, int) {});
+    for_each_piece(
+        map, address, row, column,
+        [&](uint8_t* gmem, size_t offset, int bytes) { memcpy(gmem, self.bytes.data() + offset, bytes); },
+        [](size_t, int) {});
   };
   store->group = current().store_groups;
   current().stores.push_back(store);
@@ -282,7 +290,8 @@ inline void wait_stores(int groups_left, bool until_written) {
     while (!store->is_read || (until_written && !store->is_written)) advance(*store);
     store->is_awaited = true;
   }
-  self.stores.erase(std::remove_if(self.stores.begin(), self.stores.end(), [](auto& store) { return store->is_awaited && store->is_written; }),
+  self.stores.erase(std::remove_if(self.stores.begin(), self.stores.end(),
+                                   [](auto& store) { return store->is_awaited && store->is_written; }),
                     self.stores.end());
 }
 

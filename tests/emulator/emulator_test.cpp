@@ -313,8 +313,10 @@ void two_ways(Params) {
   }
 }
 void half_a_block(Params) {
-  if (threadIdx.x < 32) __syncthreads();
-  else barrier_sync(1, 64);
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    barrier_sync(1, 64);
 }
 void other_count(Params) { barrier_sync(1, threadIdx.x < 32 ? 64 : 128); }
 void flag_nobody_sets(Params p) {
@@ -362,7 +364,18 @@ void stacks(uint64_t seed) {
 
 // ---- wgmma: tiles of ones, so that d is 64 for a depth of 64
 
-enum class Fault { none, no_fence, overwrites_tile, reads_early, no_wait, other_descriptors, inside_atom, no_swizzle, outside, other_n };
+enum class Fault {
+  none,
+  no_fence,
+  overwrites_tile,
+  reads_early,
+  no_wait,
+  other_descriptors,
+  inside_atom,
+  no_swizzle,
+  outside,
+  other_n
+};
 
 template <Fault kFault>
 void ones(Params p) {
@@ -377,7 +390,8 @@ void ones(Params p) {
   if (kFault == Fault::outside) a += kTileBytes / 2 >> 4;
   float d[32];
   if (kFault != Fault::no_fence) wgmma_fence();
-  for (int k = 0; k < 4; ++k) wgmma<Bf16, 64>(d, a + (kFault == Fault::inside_atom ? 0 : k * kNextK), wgmma_tile(tile) + k * kNextK, k > 0);
+  for (int k = 0; k < 4; ++k)
+    wgmma<Bf16, 64>(d, a + (kFault == Fault::inside_atom ? 0 : k * kNextK), wgmma_tile(tile) + k * kNextK, k > 0);
   if (kFault == Fault::other_n) wgmma<Bf16, 32>(reinterpret_cast<float(&)[16]>(d), a, a);
   wgmma_commit();
   const float early = d[0];
@@ -434,14 +448,15 @@ void launches(uint64_t seed) {
 
 int main(int count, char** arguments) {
   using namespace emulator_test;
-  return check::run(count, arguments, {
-      {"missing barriers", missing_barriers},
-      {"asynchronous copies", asynchronous_copies},
-      {"mbarriers", mbarriers},
-      {"addresses", addresses},
-      {"divergence and deadlock", stuck_threads},
-      {"stack", stacks},
-      {"wgmma", products},
-      {"launches and seeds", launches},
-  });
+  return check::run(count, arguments,
+                    {
+                        {"missing barriers", missing_barriers},
+                        {"asynchronous copies", asynchronous_copies},
+                        {"mbarriers", mbarriers},
+                        {"addresses", addresses},
+                        {"divergence and deadlock", stuck_threads},
+                        {"stack", stacks},
+                        {"wgmma", products},
+                        {"launches and seeds", launches},
+                    });
 }

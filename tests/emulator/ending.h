@@ -11,8 +11,10 @@ inline void end_thread() {
   for (auto& store : self.stores) {
     if (!store->is_awaited) fail("unfinished: the thread ends before it has waited for its tma_store to read shared memory");
   }
-  if (self.block->products_in_flight[self.thread / 128]) fail("unfinished: the thread ends before its wgmma results were waited for");
-  if (self.cluster_arrival != Fiber::kNotArrived) fail("unfinished: the thread ends between cluster_arrive and cluster_wait");
+  if (self.block->products_in_flight[self.thread / 128])
+    fail("unfinished: the thread ends before its wgmma results were waited for");
+  if (self.cluster_arrival != Fiber::kNotArrived)
+    fail("unfinished: the thread ends between cluster_arrive and cluster_wait");
 }
 
 inline void end_block(Block& block) {
@@ -28,7 +30,8 @@ inline void end_block(Block& block) {
            static_cast<int>(barrier.bytes), address);
     }
     if (watch.has_unseen_bytes || watch.has_bytes) {
-      fail("unfinished: %s ends, and nobody has waited for the bytes that came to the mbarrier at 0x%x", name_of(block).c_str(), address);
+      fail("unfinished: %s ends, and nobody has waited for the bytes that came to the mbarrier at 0x%x",
+           name_of(block).c_str(), address);
     }
   }
   memset(block.smem, 0xff, block.smem_bytes);  // others of the cluster who still read it get NaN

@@ -55,7 +55,8 @@ class Stacks {
  private:
   void map_more() {
     constexpr size_t kAtOnce = 128;
-    void* memory = mmap(nullptr, kAtOnce * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kAtOnce * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     for (size_t i = 0; i < kAtOnce; ++i) free_.push_back(static_cast<char*>(memory) + i * kStackBytes);
   }

@@ -105,7 +105,8 @@ LOWFAT_DEVICE void consume(const Params& p, typename Config::Shared& smem, int c
       if (threadIdx.x % kWarpgroupThreads == 0) mbarrier_arrive(&smem.empty[ring.slot]);
       ring.advance();
     }
-    store_tile<Config>(p, smem, consumer, tile / p.tile_columns * Config::kRows, tile % p.tile_columns * Config::kColumns, d);
+    store_tile<Config>(p, smem, consumer, tile / p.tile_columns * Config::kRows, tile % p.tile_columns * Config::kColumns,
+                       d);
   }
   if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();
 }

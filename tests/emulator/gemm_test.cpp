@@ -22,7 +22,8 @@ void product(uint64_t seed, int m, int n, int k, int blocks) {
   for (int row = 0; row < m; ++row) {
     for (int column = 0; column < n; ++column) {
       float sum = 0;
-      for (int i = 0; i < k; ++i) sum += device::widen<device::Bf16>(a[size_t(row) * k + i]) * device::widen<device::Bf16>(b[size_t(column) * k + i]);
+      for (int i = 0; i < k; ++i)
+        sum += device::widen<device::Bf16>(a[size_t(row) * k + i]) * device::widen<device::Bf16>(b[size_t(column) * k + i]);
       check::equal(device::widen<device::Bf16>(c[size_t(row) * n + column]), sum, "c", row * n + column);
     }
   }
@@ -31,9 +32,11 @@ void product(uint64_t seed, int m, int n, int k, int blocks) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  return check::run(count, arguments, {
-      {"gemm 128 x 128 x 64, one tile", [](uint64_t seed) { product(seed, 128, 128, 64, 1); }},
-      {"gemm 200 x 264 x 328, fewer blocks than tiles", [](uint64_t seed) { product(seed, 200, 264, 328, 3); }},
-      {"gemm 5 x 8 x 256, one row block", [](uint64_t seed) { product(seed, 5, 8, 256, 2); }},
-  });
+  return check::run(
+      count, arguments,
+      {
+          {"gemm 128 x 128 x 64, one tile", [](uint64_t seed) { product(seed, 128, 128, 64, 1); }},
+          {"gemm 200 x 264 x 328, fewer blocks than tiles", [](uint64_t seed) { product(seed, 200, 264, 328, 3); }},
+          {"gemm 5 x 8 x 256, one row block", [](uint64_t seed) { product(seed, 5, 8, 256, 2); }},
+      });
 }

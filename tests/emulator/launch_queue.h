@@ -40,7 +40,8 @@ void enqueue(void* kernel, const Launch& shape, std::function<void()> body) {
   grid->blocks = static_cast<int>(shape.grid.x * shape.grid.y * shape.grid.z);
   const char* name = grid->name.c_str();
   if (grid->blocks < 1) fail("launch of %s: no blocks; CUDA calls this an invalid configuration", name);
-  if (shape.threads < 32 || shape.threads > 1024 || shape.threads % 32) fail("launch of %s: %d threads", name, shape.threads);
+  if (shape.threads < 32 || shape.threads > 1024 || shape.threads % 32)
+    fail("launch of %s: %d threads", name, shape.threads);
   if (shape.smem_bytes > kSharedLimit) fail("launch of %s: %zu bytes of shared memory", name, shape.smem_bytes);
   if (shape.cluster < 1 || shape.cluster > 8 || shape.grid.x % shape.cluster) {
     fail("launch of %s: clusters of %d in a grid of %u blocks", name, shape.cluster, shape.grid.x);

@@ -109,7 +109,9 @@ void swizzle(uint64_t) {
   // ldmatrix and stmatrix in a swizzled tile, any 16 x 16 block of it; and the same without the swizzle, to see the check.
   for (int row = 0; row < 64; row += 16) {
     for (int piece = 0; piece < 8; piece += 2) {
-      auto at = [&](int lane) { return swizzled_piece(row + ldmatrix_row(lane).row, piece + ldmatrix_row(lane).column / 8); };
+      auto at = [&](int lane) {
+        return swizzled_piece(row + ldmatrix_row(lane).row, piece + ldmatrix_row(lane).column / 8);
+      };
       auto plain = [&](int lane) { return static_cast<uint32_t>((row + ldmatrix_row(lane).row) * 128 + piece * 16); };
       check::equal(bank_conflicts(at), 1, "ldmatrix without conflicts", row);
       check::equal(bank_conflicts(plain), 8, "conflicts are found", row);
@@ -128,7 +130,8 @@ void shares(uint64_t) {
         check::equal(share.begin, next, "follows", index);
         const int64_t size = share.end - share.begin;
         check::that(size == items / parts || size == items / parts + 1, "even", index);
-        check::that(index == 0 || size <= share_of(items, parts, index - 1).end - share_of(items, parts, index - 1).begin, "larger first");
+        check::that(index == 0 || size <= share_of(items, parts, index - 1).end - share_of(items, parts, index - 1).begin,
+                    "larger first");
         next = share.end;
       }
       check::equal(next, items, "all", parts);
@@ -143,12 +146,14 @@ void shares(uint64_t) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  return check::run(count, arguments, {
-      {"fragments", fragments},
-      {"known places", known_places},
-      {"ldmatrix rows", ldmatrix_rows},
-      {"metadata of the sparse product", metadata},
-      {"swizzle", swizzle},
-      {"shares", shares},
-  }, 1);  // nothing random
+  return check::run(count, arguments,
+                    {
+                        {"fragments", fragments},
+                        {"known places", known_places},
+                        {"ldmatrix rows", ldmatrix_rows},
+                        {"metadata of the sparse product", metadata},
+                        {"swizzle", swizzle},
+                        {"shares", shares},
+                    },
+                    1);  // nothing random
 }

@@ -266,8 +266,9 @@ inline std::string waits(const Block& block) {
   std::string lines;
   for (int first = 0, next; first < block.threads; first = next) {
     const Fiber& fiber = block.fibers[first];
-    for (next = first + 1; next < block.threads && block.fibers[next].state == fiber.state &&
-                           is_same(block.fibers[next].wait, fiber.wait); ++next) {
+    for (next = first + 1;
+         next < block.threads && block.fibers[next].state == fiber.state && is_same(block.fibers[next].wait, fiber.wait);
+         ++next) {
     }
     if (fiber.state == State::ended) continue;
     const Wait& wait = fiber.wait;
@@ -410,8 +411,10 @@ void end_block(Block&);                 // async.h
 
 inline void complete(Grid& grid) {
   for (size_t i = 0; i < machine.flights.size();) {  // a grid's writes are visible when it has completed
-    if (machine.flights[i].grid == &grid) land(i);
-    else ++i;
+    if (machine.flights[i].grid == &grid)
+      land(i);
+    else
+      ++i;
   }
   grid.is_complete = true;
   --machine.incomplete_grids;

@@ -20,9 +20,7 @@ inline std::vector<Region> regions;
 template <class T>
 class Buffer {
  public:
-  Buffer(const char* name, size_t count, size_t offset = 0) : Buffer(name, count, offset, true) {
-    poison();
-  }
+  Buffer(const char* name, size_t count, size_t offset = 0) : Buffer(name, count, offset, true) { poison(); }
   Buffer(const char* name, const std::vector<T>& values, size_t offset = 0) : Buffer(name, values.size(), offset, false) {
     std::copy(values.begin(), values.end(), data());
   }
@@ -43,7 +41,8 @@ class Buffer {
  private:
   Buffer(const char* name, size_t count, size_t offset, bool is_writable)
       : memory_(static_cast<T*>(::operator new[]((count + offset) * sizeof(T), std::align_val_t(256)))),
-        count_(count), offset_(offset) {
+        count_(count),
+        offset_(offset) {
     regions.push_back({name, address(), address() + count * sizeof(T), is_writable});
   }
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_ + offset_); }

@@ -1,6 +1,7 @@
 """Bugs planted in primitives and kernels, each of which must make a test executable fail: (name, file, old, new, test).
 
-A kernel's author adds a list here or, for many, a file of their own with a list MUTANTS. Run as a program, this prints the score."""
+A kernel's author adds to the list. Run as a program, this prints the score; with arguments, of those mutants whose name or
+test contains one of them."""
 import shutil
 import sys
 import tempfile
@@ -28,72 +29,101 @@ MUTANTS = [
 """, """      if (threadIdx.x % kWarpgroupThreads == 0) mbarrier_arrive(&smem.empty[ring.slot]);
       wgmma_wait<0>();
 """, "gemm_test"),
-    Mutant("producer does not wait for empty slots", GEMM, "      mbarrier_wait(&smem.empty[ring.slot], ring.parity ^ 1);\n", "",
-           "gemm_test"),
+    Mutant("producer does not wait for empty slots", GEMM, "      mbarrier_wait(&smem.empty[ring.slot], ring.parity ^ 1);\n",
+           "", "gemm_test"),
     Mutant("producer waits for the other parity", GEMM, "ring.parity ^ 1);", "ring.parity);", "gemm_test"),
-    Mutant("consumer waits for the other parity", GEMM, "&smem.full[ring.slot], ring.parity);", "&smem.full[ring.slot], ring.parity ^ 1);",
+    Mutant("consumer waits for the other parity", GEMM, "&smem.full[ring.slot], ring.parity);",
+           "&smem.full[ring.slot], ring.parity ^ 1);", "gemm_test"),
+    Mutant("bytes of one operand announced", GEMM, "Config::kBytesA + Config::kBytesB);\n      tma_load",
+           "Config::kBytesA);\n      tma_load", "gemm_test"),
+    Mutant("one arrival too many expected", GEMM, "Config::kConsumers);\n    }", "Config::kConsumers + 1);\n    }",
            "gemm_test"),
-    Mutant("bytes of one operand announced", GEMM, "Config::kBytesA + Config::kBytesB);\n      tma_load", "Config::kBytesA);\n      tma_load",
-           "gemm_test"),
-    Mutant("one arrival too many expected", GEMM, "Config::kConsumers);\n    }", "Config::kConsumers + 1);\n    }", "gemm_test"),
     Mutant("ring never changes parity", GEMM, "      parity ^= 1;\n", "", "gemm_test"),
-    Mutant("barriers used before they are there", GEMM, "    fence_mbarrier_init();\n  }\n  __syncthreads();", "    fence_mbarrier_init();\n  }",
-           "gemm_test"),
+    Mutant("barriers used before they are there", GEMM, "    fence_mbarrier_init();\n  }\n  __syncthreads();",
+           "    fence_mbarrier_init();\n  }", "gemm_test"),
     Mutant("descriptor advances by a row", GEMM, "a + step * kNextK,", "a + step * 8,", "gemm_test"),
     Mutant("old sums are added", GEMM, "depth + step > 0);", "true);", "gemm_test"),
-    Mutant("second half of the rows forgotten", GEMM, "smem.a[ring.slot] + consumer * 64 * 128)", "smem.a[ring.slot])", "gemm_test"),
+    Mutant("second half of the rows forgotten", GEMM, "smem.a[ring.slot] + consumer * 64 * 128)", "smem.a[ring.slot])",
+           "gemm_test"),
     Mutant("tile sent before all have written", GEMM, """  fence_async_shared();
   barrier_sync(barrier, kWarpgroupThreads);
 """, "  fence_async_shared();\n", "gemm_test"),
-    Mutant("tile overwritten before it has left", GEMM, "  if (thread == 0) wait_stores_read<0>();  // the tile before has left\n", "", "gemm_test"),
-    Mutant("both warpgroups use one named barrier", GEMM, "const int barrier = 1 + consumer;", "const int barrier = 1;", "gemm_test"),
-    Mutant("block ends before its tile has left", GEMM, "  if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();\n}", "}", "gemm_test"),
+    Mutant("tile overwritten before it has left", GEMM,
+           "  if (thread == 0) wait_stores_read<0>();  // the tile before has left\n", "", "gemm_test"),
+    Mutant("both warpgroups use one named barrier", GEMM, "const int barrier = 1 + consumer;", "const int barrier = 1;",
+           "gemm_test"),
+    Mutant("block ends before its tile has left", GEMM,
+           "  if (threadIdx.x % kWarpgroupThreads == 0) wait_stores_read<0>();\n}", "}", "gemm_test"),
     Mutant("swizzle forgotten in the result", GEMM, "swizzled_piece(thread / 32 * 16 + mine.row, in_box)",
            "(thread / 32 * 16 + mine.row) * 128 + in_box * 16", "gemm_test"),
-    Mutant("registers of the result exchanged", GEMM, "pack2<Bf16>(d[8 * j + 2], d[8 * j + 3])", "pack2<Bf16>(d[8 * j + 3], d[8 * j + 2])", "gemm_test"),
+    Mutant("registers of the result exchanged", GEMM, "pack2<Bf16>(d[8 * j + 2], d[8 * j + 3])",
+           "pack2<Bf16>(d[8 * j + 3], d[8 * j + 2])", "gemm_test"),
     # What the primitives' author gets wrong: their test must notice.
     Mutant("pack2 exchanges its halves", DEVICE + "convert.h", "return narrow<T>(lo) | uint32_t{narrow<T>(hi)} << 16;",
            "return narrow<T>(hi) | uint32_t{narrow<T>(lo)} << 16;", "primitives_test"),
-    Mutant("bf16 rounds ties up", DEVICE + "convert.h", "(wide + 0x7fff + (wide >> 16 & 1)) >> 16", "(wide + 0x8000) >> 16", "primitives_test"),
-    Mutant("fp16 overflows at its largest element", DEVICE + "convert.h", "size >= 65520.f", "size > 65504.f", "primitives_test"),
-    Mutant("warp_sum leaves out half", DEVICE + "reduce.h", "LOWFAT_DEVICE float warp_sum(float v) { return lanes_sum<32>(v); }",
+    Mutant("bf16 rounds ties up", DEVICE + "convert.h", "(wide + 0x7fff + (wide >> 16 & 1)) >> 16", "(wide + 0x8000) >> 16",
+           "primitives_test"),
+    Mutant("fp16 overflows at its largest element", DEVICE + "convert.h", "size >= 65520.f", "size > 65504.f",
+           "primitives_test"),
+    Mutant("warp_sum leaves out half", DEVICE + "reduce.h",
+           "LOWFAT_DEVICE float warp_sum(float v) { return lanes_sum<32>(v); }",
            "LOWFAT_DEVICE float warp_sum(float v) { return lanes_sum<16>(v); }", "primitives_test"),
-    Mutant("maxima in other order", DEVICE + "reduce.h", "v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, with))", "v = fmaxf(v, v)", "primitives_test"),
-    Mutant("grid barrier counts one dimension", DEVICE + "grid.h", "/ blocks + 1) * blocks;", "/ blocks) * blocks;", "primitives_test"),
-    Mutant("grid barrier without the block's", DEVICE + "grid.h", "  if (threadIdx.x == 0) wait_until_reached(counter, target);\n  __syncthreads();",
+    Mutant("maxima in other order", DEVICE + "reduce.h", "v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, with))",
+           "v = fmaxf(v, v)", "primitives_test"),
+    Mutant("grid barrier counts one dimension", DEVICE + "grid.h", "/ blocks + 1) * blocks;", "/ blocks) * blocks;",
+           "primitives_test"),
+    Mutant("grid barrier without the block's", DEVICE + "grid.h",
+           "  if (threadIdx.x == 0) wait_until_reached(counter, target);\n  __syncthreads();",
            "  if (threadIdx.x == 0) wait_until_reached(counter, target);", "primitives_test"),
-    Mutant("wait_until_reached one early", DEVICE + "grid.h", "while (load_acquire(gmem) < value)", "while (load_acquire(gmem) + 1 < value)", "primitives_test"),
-    Mutant("MN-major advances by one atom", DEVICE + "wgmma.h", "kNextKOfMn = 2 * kAtomBytes >> 4", "kNextKOfMn = kAtomBytes >> 4", "primitives_test"),
-    Mutant("MN-major distance forgotten", DEVICE + "wgmma.h", "uint64_t{block_bytes >> 4} << 16", "uint64_t{1} << 16", "primitives_test"),
-    Mutant("K-major stride of half an atom", DEVICE + "wgmma.h", "return kSwizzle128 | kAtomBytes >> 4 << 32 | uint64_t{1} << 16",
+    Mutant("wait_until_reached one early", DEVICE + "grid.h", "while (load_acquire(gmem) < value)",
+           "while (load_acquire(gmem) + 1 < value)", "primitives_test"),
+    Mutant("MN-major advances by one atom", DEVICE + "wgmma.h", "kNextKOfMn = 2 * kAtomBytes >> 4",
+           "kNextKOfMn = kAtomBytes >> 4", "primitives_test"),
+    Mutant("MN-major distance forgotten", DEVICE + "wgmma.h", "uint64_t{block_bytes >> 4} << 16", "uint64_t{1} << 16",
+           "primitives_test"),
+    Mutant("K-major stride of half an atom", DEVICE + "wgmma.h",
+           "return kSwizzle128 | kAtomBytes >> 4 << 32 | uint64_t{1} << 16",
            "return kSwizzle128 | kAtomBytes >> 5 << 32 | uint64_t{1} << 16", "primitives_test"),
-    Mutant("tensor maps that overlap", DEVICE + "tma.h", 'if (t.row_stride < t.columns) return "rows overlap";', "", "primitives_test"),
+    Mutant("tensor maps that overlap", DEVICE + "tma.h", 'if (t.row_stride < t.columns) return "rows overlap";', "",
+           "primitives_test"),
     Mutant("boxes by column and row", DEVICE + "tma.h", "emulator::tma_load(smem, *map, row, column, barrier);",
            "emulator::tma_load(smem, *map, column, row, barrier);", "primitives_test"),
     Mutant("no zero fill", EMULATOR + "async.h", "is_valid ? size_t{16} : 0", "size_t{16}", "primitives_test"),
-    Mutant("mma: a's registers 1 and 2 exchanged", EMULATOR + "tensor_core.h", "a[lane / 4 + i % 2 * 8][lane % 4 * 2 + half + i / 2 * 8]",
+    Mutant("mma: a's registers 1 and 2 exchanged", EMULATOR + "tensor_core.h",
+           "a[lane / 4 + i % 2 * 8][lane % 4 * 2 + half + i / 2 * 8]",
            "a[lane / 4 + i / 2 * 8][lane % 4 * 2 + half + i % 2 * 8]", "primitives_test"),
-    Mutant("sparse: selector ignored", EMULATOR + "tensor_core.h", "row % 8 * 4 + selector * 2 + four / 4", "row % 8 * 4 + four / 4", "primitives_test"),
-    Mutant("wgmma: upper and lower rows exchanged", EMULATOR + "warpgroup_products.h", "upper = row % 16 / 8 * 2;", "upper = (1 - row % 16 / 8) * 2;",
+    Mutant("sparse: selector ignored", EMULATOR + "tensor_core.h", "row % 8 * 4 + selector * 2 + four / 4",
+           "row % 8 * 4 + four / 4", "primitives_test"),
+    Mutant("wgmma: upper and lower rows exchanged", EMULATOR + "warpgroup_products.h", "upper = row % 16 / 8 * 2;",
+           "upper = (1 - row % 16 / 8) * 2;", "primitives_test"),
+    Mutant("wgmma: no swizzle", EMULATOR + "warpgroup_products.h", "plain ^ (plain >> 7 & 7) << 4", "plain",
            "primitives_test"),
-    Mutant("wgmma: no swizzle", EMULATOR + "warpgroup_products.h", "plain ^ (plain >> 7 & 7) << 4", "plain", "primitives_test"),
-    Mutant("clusters: previous rank", DEVICE + "cluster.h", "return emulator::peer_address(smem, rank);", "return emulator::peer_address(smem, 0);",
-           "primitives_test"),
+    Mutant("clusters: previous rank", DEVICE + "cluster.h", "return emulator::peer_address(smem, rank);",
+           "return emulator::peer_address(smem, 0);", "primitives_test"),
     # The index functions.
-    Mutant("swizzle by another row bit", DEVICE + "layout.h", "offset ^ (offset >> 7 & 7) << 4", "offset ^ (offset >> 8 & 7) << 4", "layout_test"),
+    Mutant("swizzle by another row bit", DEVICE + "layout.h", "offset ^ (offset >> 7 & 7) << 4",
+           "offset ^ (offset >> 8 & 7) << 4", "layout_test"),
     Mutant("a of tf32 transposed in blocks", DEVICE + "layout.h", "return {lane / 4 + i % 2 * 8, lane % 4 + i / 2 * 4};",
            "return {lane / 4 + i / 2 * 8, lane % 4 + i % 2 * 4};", "layout_test"),
-    Mutant("shares lose the remainder", DEVICE + "layout.h", "begin + each + (index < more ? 1 : 0)", "begin + each", "layout_test"),
+    Mutant("shares lose the remainder", DEVICE + "layout.h", "begin + each + (index < more ? 1 : 0)", "begin + each",
+           "layout_test"),
     Mutant("ldmatrix rows of matrices 1 and 2 exchanged", DEVICE + "layout.h", "return {lane % 16, lane / 16 * 8};",
            "return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8};", "layout_test"),
     # The emulator's own eyes: without them its test must fail.
-    Mutant("alignment unchecked", EMULATOR + "memory.h", "if (reinterpret_cast<uintptr_t>(p) % bytes) fail", "if (false) fail", "emulator_test"),
-    Mutant("divergence unchecked", EMULATOR + "warp.h", "if (r.arrived && (strcmp(r.what, what) || r.detail != detail))", "if (false)", "emulator_test"),
-    Mutant("unfinished copies unchecked", EMULATOR + "ending.h", "if (!self.copies.empty()) fail", "if (false) fail", "emulator_test"),
+    Mutant("alignment unchecked", EMULATOR + "memory.h", "if (reinterpret_cast<uintptr_t>(p) % bytes) fail",
+           "if (false) fail", "emulator_test"),
+    Mutant("divergence unchecked", EMULATOR + "warp.h", "if (r.arrived && (strcmp(r.what, what) || r.detail != detail))",
+           "if (false)", "emulator_test"),
+    Mutant("unfinished copies unchecked", EMULATOR + "ending.h", "if (!self.copies.empty()) fail", "if (false) fail",
+           "emulator_test"),
     Mutant("copies at once", EMULATOR + "async.h", "if (machine.random.one_in(4)) land", "land", "emulator_test"),
-    Mutant("products see no later writes", EMULATOR + "warpgroup_products.h", "    ++products.queue.back().accumulator->in_flight;\n",
-           "    ++products.queue.back().accumulator->in_flight;\n    execute(products.queue.back());\n    products.queue.back().n = 0;\n", "emulator_test"),
-    Mutant("always one order", EMULATOR + "machine.h", "m.random = Random(options.seed);", "m.random = Random(1);", "emulator_test"),
+    Mutant("products see no later writes", EMULATOR + "warpgroup_products.h",
+           "    ++products.queue.back().accumulator->in_flight;\n",
+           "    ++products.queue.back().accumulator->in_flight;\n    execute(products.queue.back());\n"
+           "    products.queue.back().n = 0;\n",
+           "emulator_test"),
+    Mutant("always one order", EMULATOR + "machine.h", "m.random = Random(options.seed);", "m.random = Random(1);",
+           "emulator_test"),
 ]
 
 
@@ -114,15 +144,19 @@ def outcome(mutant: Mutant) -> str:
         done = building.run(root / "test")
     if done.returncode == 0:
         return "survived"
-    return "killed" if done.returncode == 1 and "FAIL" in done.stdout else f"died with {done.returncode}: {done.stderr[-400:]}"
+    if done.returncode == 1 and "FAIL" in done.stdout:
+        return "killed"
+    return f"died with {done.returncode}: {done.stderr[-400:]}"
 
 
-def main() -> None:
-    outcomes = [outcome(mutant) for mutant in MUTANTS]
-    for mutant, found in zip(MUTANTS, outcomes):
-        print(f"{found:10} {mutant.test:16} {mutant.name}")
-    print(f"{outcomes.count('killed')} of {len(MUTANTS)} killed")
+def main(words: list[str]) -> None:
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name or word in mutant.test for word in words)]
+    outcomes = []
+    for mutant in chosen:
+        outcomes.append(outcome(mutant))
+        print(f"{outcomes[-1]:10} {mutant.test:20} {mutant.name}", flush=True)
+    print(f"{outcomes.count('killed')} of {len(chosen)} killed")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

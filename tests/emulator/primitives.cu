@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(128) multiply_tiles(const __grid_constant__ Pa
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    wgmma<typename Config::T, Config::kN, Config::kMajorA, Config::kMajorB>(
-        d, a + k * (kIsAMn ? kNextKOfMn : kNextK), b + k * (kIsBMn ? kNextKOfMn : kNextK), k > 0);
+    wgmma<typename Config::T, Config::kN, Config::kMajorA, Config::kMajorB>(d, a + k * (kIsAMn ? kNextKOfMn : kNextK),
+                                                                            b + k * (kIsBMn ? kNextKOfMn : kNextK), k > 0);
   }
   wgmma_commit();
   wgmma_wait<0>();

@@ -72,7 +72,8 @@ Words d_registers(const Matrix& d) {
 }
 
 template <class Config>
-void check_mma(uint64_t seed, Words a, const Words& b, const Matrix& c, const Matrix& expected, const Words& metadata = Words(32)) {
+void check_mma(uint64_t seed, Words a, const Words& b, const Matrix& c, const Matrix& expected,
+               const Words& metadata = Words(32)) {
   a.insert(a.end(), metadata.begin(), metadata.end());
   Buffer<uint32_t> gmem_a("a", a), gmem_b("b", b), gmem_c("c", d_registers(c)), out("out", 128);
   Params p;
@@ -86,9 +87,10 @@ template <class T>
 void dense(uint64_t seed) {
   Random random(seed);
   const Matrix a = integers(16, 16, random), b = integers(16, 8, random), c = integers(16, 8, random);
-  check_mma<Dense<T>>(seed, packed<T>(32, 8, [&](int lane, int i) { return a[Mma16::a_row(lane, i)][Mma16::a_column(lane, i)]; }),
-                      packed<T>(32, 4, [&](int lane, int i) { return b[Mma16::b_row(lane, i)][Mma16::b_column(lane, i)]; }), c,
-                      product(a, b, c));
+  check_mma<Dense<T>>(seed,
+                      packed<T>(32, 8, [&](int lane, int i) { return a[Mma16::a_row(lane, i)][Mma16::a_column(lane, i)]; }),
+                      packed<T>(32, 4, [&](int lane, int i) { return b[Mma16::b_row(lane, i)][Mma16::b_column(lane, i)]; }),
+                      c, product(a, b, c));
 }
 
 void tf32(uint64_t seed) {  // m16n8k8: a0 (g, t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 (t, g), b1 (t + 4, g)
@@ -103,8 +105,8 @@ void tf32(uint64_t seed) {  // m16n8k8: a0 (g, t), a1 (g + 8, t), a2 (g, t + 4),
   check_mma<Tf32>(seed, words_a, words_b, c, product(a, b, c));
 }
 
-// m16n8k32: a's kept elements lie as in m16n8k16; b7 is row 24 + 2 t + 1. Metadata words as drawn for .m16n8k32 with .f16: of
-// quad g, thread 2 selector has columns 0..15 and the next 16..31, of row g in the lower half and row g + 8 in the upper.
+// m16n8k32: a's kept elements lie as in m16n8k16; b7 is row 24 + 2 t + 1. Metadata words as drawn for .m16n8k32 with .f16:
+// of quad g, thread 2 selector has columns 0..15 and the next 16..31, of row g in the lower half and row g + 8 in the upper.
 template <class T, int kSelector>
 void sparse(uint64_t seed) {
   Random random(seed);
@@ -129,7 +131,8 @@ void sparse(uint64_t seed) {
   }
   check_mma<Sparse<T, kSelector>>(
       seed, packed<T>(32, 8, [&](int lane, int i) { return kept[Mma16::a_row(lane, i)][Mma16::a_column(lane, i)]; }),
-      packed<T>(32, 8, [&](int lane, int i) { return b[(lane % 4) * 2 + (i & 1) + i / 2 * 8][lane >> 2]; }), c, product(a, b, c), metadata);
+      packed<T>(32, 8, [&](int lane, int i) { return b[(lane % 4) * 2 + (i & 1) + i / 2 * 8][lane >> 2]; }), c,
+      product(a, b, c), metadata);
 }
 
 // ---- ldmatrix, stmatrix. Matrix i: rows named by lanes 8 i ..; thread l holds row l / 4, elements 2 (l % 4) and the next.
@@ -137,7 +140,8 @@ void sparse(uint64_t seed) {
 uint32_t half_word(const Words& words, int halves) { return words[halves / 2] >> (halves % 2 * 16) & 0xffff; }
 
 int half_index(int matrix, int lane, int half, bool is_transposed) {  // in the 512-byte block
-  const int row = is_transposed ? 2 * (lane % 4) + half : lane / 4, column = is_transposed ? lane / 4 : 2 * (lane % 4) + half;
+  const int row = is_transposed ? 2 * (lane % 4) + half : lane / 4,
+            column = is_transposed ? lane / 4 : 2 * (lane % 4) + half;
   return (matrix * 8 + row) * 5 % 32 * 8 + column;
 }
 
@@ -146,7 +150,8 @@ void matrices(uint64_t seed) {
   Words block(128), registers(32 * kCount), expected(128, 0);
   for (int i = 0; i < 128; ++i) block[i] = static_cast<uint32_t>(2 * i | (2 * i + 1) << 16);
   for (size_t i = 0; i < registers.size(); ++i) registers[i] = static_cast<uint32_t>((2 * i + 1) | (2 * i + 2) << 16);
-  Buffer<uint32_t> gmem_block("block", block), gmem_registers("registers", registers), loaded("loaded", 32 * kCount), stored("stored", 128);
+  Buffer<uint32_t> gmem_block("block", block), gmem_registers("registers", registers), loaded("loaded", 32 * kCount),
+      stored("stored", 128);
   Params p;
   p.a = gmem_block.data(), p.out = loaded.data();
   run(load_matrices<Matrices<kCount, kIsTransposed>>, {dim3(1), 32, 512}, p, {seed});
@@ -171,9 +176,12 @@ void matrices_of_each_count(uint64_t seed) {
   matrices<4, kIsTransposed>(seed);
 }
 
-// ---- wgmma. The image of a tile with 128-byte swizzle: of each 1024 bytes, row r's 16-byte piece c is at r * 128 + (c ^ r) * 16.
+// ---- wgmma. The image of a tile with 128-byte swizzle: of each 1024 bytes, row r's 16-byte piece c is at r * 128 + (c ^ r)
+// * 16.
 
-size_t swizzled(size_t row, size_t byte) { return row / 8 * 1024 + row % 8 * 128 + ((byte / 16) ^ (row % 8)) * 16 + byte % 16; }
+size_t swizzled(size_t row, size_t byte) {
+  return row / 8 * 1024 + row % 8 * 128 + ((byte / 16) ^ (row % 8)) * 16 + byte % 16;
+}
 
 template <class T>
 void put(std::vector<uint8_t>& image, size_t at, float value) {
@@ -207,7 +215,8 @@ void tiles(uint64_t seed) {
   run(multiply_tiles<Config>, {dim3(1), 128, Config::kBytes}, p, {seed});
   for (int thread = 0; thread < 128; ++thread) {
     for (int i = 0; i < kN / 2; ++i) {  // PTX, "WGMMA .m64nNk16 register fragment layout for accumulator matrix D"
-      const int row = 16 * (thread / 32) + (thread % 32) / 4 + 8 * ((i / 2) & 1), column = 8 * (i / 4) + 2 * (thread % 4) + (i & 1);
+      const int row = 16 * (thread / 32) + (thread % 32) / 4 + 8 * ((i / 2) & 1),
+                column = 8 * (i / 4) + 2 * (thread % 4) + (i & 1);
       float sum = 0;
       for (int k = 0; k < 64; ++k) sum += a[row][k] * b[column][k];
       check::equal(as_float(out[thread * kN / 2 + i]), sum, "d", thread * 1000 + i);
@@ -257,7 +266,8 @@ void boxes(uint64_t seed) {
       for (int byte = 0; byte < kRowBytes; ++byte) {
         const int in_row = corner.row + row, in_byte = corner.column * kElementBytes + byte;
         const bool is_inside = in_row >= 0 && in_row < kRows && in_byte >= 0 && in_byte < kColumns * kElementBytes;
-        const size_t place = kIsSwizzled ? swizzled(row, byte) : row * kRowBytes + byte, global = size_t(in_row) * kStride * kElementBytes + in_byte;
+        const size_t place = kIsSwizzled ? swizzled(row, byte) : row * kRowBytes + byte,
+                     global = size_t(in_row) * kStride * kElementBytes + in_byte;
         check::equal(loaded[place], is_inside ? content[global] : 0, "tma_load", row * 1000 + byte);
         if (is_inside) expected[global] = reinterpret_cast<const uint8_t*>(tile.data())[place];
       }
@@ -297,7 +307,8 @@ void around_clusters(uint64_t seed) {
     for (int block = 0; block < blocks; ++block) {
       const int first = block / cluster * cluster, rank = block % cluster;
       const int before = first + (rank + cluster - 1) % cluster, third = first + (rank + 2 * cluster - 2) % cluster;
-      for (int i = 0; i < 128; ++i) check::equal(out[block * 128 + i], values[before * 128 + i] + values[third * 128 + i], "out", i);
+      for (int i = 0; i < 128; ++i)
+        check::equal(out[block * 128 + i], values[before * 128 + i] + values[third * 128 + i], "out", i);
     }
   }
 }
@@ -321,7 +332,8 @@ template <class T>
 uint16_t nearest(float value, const std::vector<std::pair<double, uint16_t>>& sorted, double overflow) {
   if (value != value) return 0x7fff;
   if (std::fabs(value) >= overflow) return narrow<T>(value < 0 ? -INFINITY : INFINITY);
-  auto above = std::lower_bound(sorted.begin(), sorted.end(), std::make_pair(static_cast<double>(std::fabs(value)), uint16_t{0}));
+  auto above =
+      std::lower_bound(sorted.begin(), sorted.end(), std::make_pair(static_cast<double>(std::fabs(value)), uint16_t{0}));
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   if (above->first == std::fabs(value)) return above->second | sign;
   const auto below = above - 1;
@@ -345,12 +357,23 @@ void conversions(uint64_t seed) {
   }
   const double largest = sorted.back().first, overflow = largest + (largest - sorted[sorted.size() - 2].first) / 2;
   sorted.emplace_back(2 * largest, static_cast<uint16_t>(sorted.size()));
-  std::vector<float> values = {0.f, -0.f, INFINITY, -INFINITY, NAN, static_cast<float>(overflow), std::nextafter(static_cast<float>(overflow), 0.f),
-                               static_cast<float>(largest), -static_cast<float>(largest), 1e-45f, -1e-8f, 5.9604645e-8f};
+  std::vector<float> values = {0.f,
+                               -0.f,
+                               INFINITY,
+                               -INFINITY,
+                               NAN,
+                               static_cast<float>(overflow),
+                               std::nextafter(static_cast<float>(overflow), 0.f),
+                               static_cast<float>(largest),
+                               -static_cast<float>(largest),
+                               1e-45f,
+                               -1e-8f,
+                               5.9604645e-8f};
   Random random(seed);
   for (int i = 0; i < 3000; ++i) {
     const size_t at = random.below(sorted.size() - 2);
-    const auto exact = static_cast<float>(sorted[at].first), tie = static_cast<float>((sorted[at].first + sorted[at + 1].first) / 2);
+    const auto exact = static_cast<float>(sorted[at].first),
+               tie = static_cast<float>((sorted[at].first + sorted[at + 1].first) / 2);
     for (float v : {exact, tie, std::nextafter(tie, 0.f), std::nextafter(tie, INFINITY)}) values.push_back(i % 2 ? v : -v);
   }
   const int pairs = static_cast<int>(values.size() / 2);
@@ -379,7 +402,8 @@ void reductions(uint64_t seed) {
   run(reduce<void>, {dim3(1), 64}, p, {seed});
   for (int thread = 0; thread < 64; ++thread) {
     float quad[4], largest = -INFINITY, largest_of_quad = -INFINITY;
-    for (int i = 0; i < 4; ++i) quad[i] = as_float(words[thread / 4 * 4 + i]), largest_of_quad = std::max(largest_of_quad, quad[i]);
+    for (int i = 0; i < 4; ++i)
+      quad[i] = as_float(words[thread / 4 * 4 + i]), largest_of_quad = std::max(largest_of_quad, quad[i]);
     check::equal(as_float(out[thread * 4]), (quad[0] + quad[1]) + (quad[2] + quad[3]), "quad_sum", thread);
     check::equal(as_float(out[thread * 4 + 2]), largest_of_quad, "quad_max", thread);
     float sums[32];
@@ -412,7 +436,8 @@ void grid_barriers(uint64_t seed) {
   counter[0] = 0;
   Params p;
   p.out = shifted.data(), p.counter = counter.data(), p.count = kRounds;
-  for (int replay = 0; replay < 2; ++replay) run(barrier_rounds<void>, {dim3(kBlocks), 64, 0, 1, true}, p, {seed});  // no reset
+  for (int replay = 0; replay < 2; ++replay)
+    run(barrier_rounds<void>, {dim3(kBlocks), 64, 0, 1, true}, p, {seed});  // no reset
   for (int i = 0; i < kBlocks; ++i) check::equal(shifted[i], kRounds, "right reads", i);
   check::equal(static_cast<double>(counter[0]), 2. * 2 * kRounds * kBlocks, "counter");
 }
@@ -453,33 +478,34 @@ void named_barriers(uint64_t seed) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  return check::run(count, arguments, {
-      {"mma_m16n8k16 bf16", dense<Bf16>},
-      {"mma_m16n8k16 fp16", dense<Fp16>},
-      {"mma_m16n8k8_tf32", tf32},
-      {"mma_sp_m16n8k32 bf16, selector 0", sparse<Bf16, 0>},
-      {"mma_sp_m16n8k32 bf16, selector 1", sparse<Bf16, 1>},
-      {"mma_sp_m16n8k32 fp16, selector 0", sparse<Fp16, 0>},
-      {"mma_sp_m16n8k32 fp16, selector 1", sparse<Fp16, 1>},
-      {"ldmatrix, stmatrix", matrices_of_each_count<false>},
-      {"ldmatrix, stmatrix transposed", matrices_of_each_count<true>},
-      {"wgmma, a K-major, b K-major", tiles_of_each_width<Major::k, Major::k>},
-      {"wgmma, a K-major, b MN-major", tiles_of_each_width<Major::k, Major::mn>},
-      {"wgmma, a MN-major, b K-major", tiles_of_each_width<Major::mn, Major::k>},
-      {"wgmma, a MN-major, b MN-major", tiles_of_each_width<Major::mn, Major::mn>},
-      {"tma boxes, swizzled", boxes<2, 64, true>},
-      {"tma boxes of floats, swizzled", boxes<4, 32, true>},
-      {"tma boxes of floats, plain", boxes<4, 8, false>},
-      {"make_tensor_map", tensor_map_limits},
-      {"clusters, bulk copies", around_clusters},
-      {"copy16_async", async_rows},
-      {"conversions bf16", conversions<Bf16>},
-      {"conversions fp16", conversions<Fp16>},
-      {"reductions", reductions},
-      {"loads and stores", loads_and_stores},
-      {"grid_barrier", grid_barriers},
-      {"tickets", tickets},
-      {"dependent grids", dependent_grids},
-      {"named barriers", named_barriers},
-  });
+  return check::run(count, arguments,
+                    {
+                        {"mma_m16n8k16 bf16", dense<Bf16>},
+                        {"mma_m16n8k16 fp16", dense<Fp16>},
+                        {"mma_m16n8k8_tf32", tf32},
+                        {"mma_sp_m16n8k32 bf16, selector 0", sparse<Bf16, 0>},
+                        {"mma_sp_m16n8k32 bf16, selector 1", sparse<Bf16, 1>},
+                        {"mma_sp_m16n8k32 fp16, selector 0", sparse<Fp16, 0>},
+                        {"mma_sp_m16n8k32 fp16, selector 1", sparse<Fp16, 1>},
+                        {"ldmatrix, stmatrix", matrices_of_each_count<false>},
+                        {"ldmatrix, stmatrix transposed", matrices_of_each_count<true>},
+                        {"wgmma, a K-major, b K-major", tiles_of_each_width<Major::k, Major::k>},
+                        {"wgmma, a K-major, b MN-major", tiles_of_each_width<Major::k, Major::mn>},
+                        {"wgmma, a MN-major, b K-major", tiles_of_each_width<Major::mn, Major::k>},
+                        {"wgmma, a MN-major, b MN-major", tiles_of_each_width<Major::mn, Major::mn>},
+                        {"tma boxes, swizzled", boxes<2, 64, true>},
+                        {"tma boxes of floats, swizzled", boxes<4, 32, true>},
+                        {"tma boxes of floats, plain", boxes<4, 8, false>},
+                        {"make_tensor_map", tensor_map_limits},
+                        {"clusters, bulk copies", around_clusters},
+                        {"copy16_async", async_rows},
+                        {"conversions bf16", conversions<Bf16>},
+                        {"conversions fp16", conversions<Fp16>},
+                        {"reductions", reductions},
+                        {"loads and stores", loads_and_stores},
+                        {"grid_barrier", grid_barriers},
+                        {"tickets", tickets},
+                        {"dependent grids", dependent_grids},
+                        {"named barriers", named_barriers},
+                    });
 }

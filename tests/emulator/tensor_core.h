@@ -105,8 +105,8 @@ inline void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b) {
   });
 }
 
-// Two of four neighbours along k are kept. The lanes 2 selector and 2 selector + 1 of quad g hold where: each word covers 16 of
-// the 32 columns, row g in its lower half and g + 8 in the upper, four bits per four columns, two bits per kept element.
+// Two of four neighbours along k are kept. The lanes 2 selector and 2 selector + 1 of quad g hold where: each word covers 16
+// of the 32 columns, row g in its lower half and g + 8 in the upper, four bits per four columns, two bits per kept element.
 template <class T>
 void mma_sp_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t metadata, int selector) {
   MmaLane values{d, a, b, metadata};
@@ -118,7 +118,8 @@ void mma_sp_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t me
         const uint32_t word = lanes[row % 8 * 4 + selector * 2 + four / 4]->metadata;
         const uint32_t places = word >> (row / 8 * 16 + four % 4 * 4);
         const int first = places & 3, second = places >> 2 & 3;
-        if (first >= second) fail("mma_sp_m16n8k32: row %d, columns %d..: positions %d, %d do not ascend", row, four * 4, first, second);
+        if (first >= second)
+          fail("mma_sp_m16n8k32: row %d, columns %d..: positions %d, %d do not ascend", row, four * 4, first, second);
         rows[row][four * 4 + first] = kept[row][four * 2];
         rows[row][four * 4 + second] = kept[row][four * 2 + 1];
       }
@@ -145,7 +146,8 @@ inline void move_element(MatrixLane** lanes, int matrix, int lane, int half, boo
   memcpy(is_load ? in_register : in_memory, is_load ? in_memory : in_register, 2);
 }
 
-inline void move_matrices(const char* what, int count, bool is_transposed, bool is_load, uint32_t* registers, const void* row) {
+inline void move_matrices(const char* what, int count, bool is_transposed, bool is_load, uint32_t* registers,
+                          const void* row) {
   if (current().thread % 32 < count * 8) {  // the other lanes' addresses are not read
     check_aligned(row, 16, what);
     check_shared(row, 16, what);

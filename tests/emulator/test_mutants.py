@@ -1,4 +1,4 @@
-"""Planted bugs must be found, and for the right reason: a failed check or a report of the emulator, no broken build or crash.
+"""Planted bugs must be found for the right reason: by a failed check or a report of the emulator, no broken build or crash.
 
 A build each, so a change waits for one in six of them only; nightly all run."""
 import sys

@@ -41,17 +41,21 @@ inline WarpgroupProducts& warpgroup_products() {
 }
 
 inline void check_descriptor(uint64_t descriptor) {
-  if (descriptor >> 62 != 1) fail("wgmma: the descriptor's layout is %d, not the 128-byte swizzle", static_cast<int>(descriptor >> 62));
+  if (descriptor >> 62 != 1)
+    fail("wgmma: the descriptor's layout is %d, not the 128-byte swizzle", static_cast<int>(descriptor >> 62));
   if (descriptor >> 49 & 7) fail("wgmma: the descriptor has a base offset");
-  if ((descriptor << 4) >> 7 & 7) fail("wgmma: the descriptor starts inside of an 8-row atom (0x%x)", static_cast<unsigned>(descriptor << 4 & 0x3ffff));
+  if ((descriptor << 4) >> 7 & 7)
+    fail("wgmma: the descriptor starts inside of an 8-row atom (0x%x)", static_cast<unsigned>(descriptor << 4 & 0x3ffff));
 }
 
 // Element (i, k) of an operand, i along m or n. K-major: rows i of 128 bytes, eight rows to an atom, atoms one stride apart.
 // MN-major: rows k of 64 i's, eight rows to an atom; atoms of the next eight k's one stride apart, of the next 64 i's one
 // leading distance apart. The swizzle exchanges bits of the address.
 inline uint16_t read_element(Block& block, uint64_t descriptor, bool is_mn, int i, int k) {
-  const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t plain = start + (is_mn ? i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128 : i / 8 * stride + i % 8 * 128 + k * 2);
+  const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+                 stride = (descriptor >> 32 & 0x3fff) << 4;
+  const uint32_t plain =
+      start + (is_mn ? i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128 : i / 8 * stride + i % 8 * 128 + k * 2);
   const uint8_t* element = shared_pointer(block, plain ^ (plain >> 7 & 7) << 4);
   if (!is_shared(block, element, 2)) fail("wgmma: reads outside of shared memory, at 0x%x", plain);
   uint16_t bits;
@@ -120,7 +124,8 @@ void wgmma(int n, bool is_a_mn, bool is_b_mn, float* d, uint64_t a, uint64_t b, 
     check_descriptor(b);
     WarpgroupProducts& products = warpgroup_products();
     if (!products.is_fenced) fail("wgmma: no wgmma_fence before the first product of a group");
-    products.queue.push_back({accumulator_of(products, lanes, n / 2), a, b, n, is_a_mn, is_b_mn, is_adding, device::widen<T>, products.groups});
+    products.queue.push_back(
+        {accumulator_of(products, lanes, n / 2), a, b, n, is_a_mn, is_b_mn, is_adding, device::widen<T>, products.groups});
     ++products.queue.back().accumulator->in_flight;
     ++current_block().products_in_flight[current().thread / 128];
   });
@@ -147,7 +152,8 @@ inline void wgmma_wait(int groups_left) {
       execute(products.queue.front());
       Accumulator& d = *products.queue.front().accumulator;
       if (--d.in_flight == 0) {
-        for (int thread = 0; thread < 128; ++thread) memcpy(d.d[thread], &d.values[thread * d.count], d.count * sizeof(float));
+        for (int thread = 0; thread < 128; ++thread)
+          memcpy(d.d[thread], &d.values[thread * d.count], d.count * sizeof(float));
       }
       products.queue.pop_front();
       --current_block().products_in_flight[current().thread / 128];
