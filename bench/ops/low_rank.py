@@ -1,8 +1,8 @@
 """low_rank decode on the CPU against two F.linear of torch: `python bench/ops/low_rank.py --out bench/results/low_rank_cpu`.
 
-Writes OUT.json and OUT.md. Each row: one shape, dtype and m; medians over pairs of neighbouring calls in one process, on
-weights that were not read for twice the last-level cache; beside them a pure read of the same number of bytes, and the dense
-layer. The results are judged by the tests' gates, from the buffers that were timed."""
+Writes OUT.json and OUT.md. Each row is one of `lowfat bench low_rank`: one shape, dtype and m; medians over pairs of
+neighbouring calls in one process, on weights that were not read for twice the last-level cache; beside them a pure read of the
+same number of bytes, and the dense layer. What this script adds are the targets."""
 import argparse
 import json
 import math
@@ -10,73 +10,18 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn.functional import linear
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
+from lowfat.bench.low_rank import SCALE, geometric_mean, measure
+from lowfat.bench.shapes import layers
+from lowfat.bench.timing import Pool, header, markdown
 
-import lowfat  # noqa: E402
-from gates import chain, failed_gates  # noqa: E402
-from lowfat import _native  # noqa: E402
-from timing import Candidate, Pool, header, markdown, microseconds, paired, repeats_for, times_faster  # noqa: E402
-
-SHAPES = [(4096, 4096, 512), (4096, 14336, 1024), (768, 3072, 192), (384, 1536, 96)]  # k, n, r
+LAYERS = layers("4096:4096:512,4096:14336:1024,768:3072:192,384:1536:96")
 ROWS = (1, 4, 8, 16)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TARGETS = {"bfloat16": 2.2, "float32": 1.7}  # times two F.linear, geometric mean over the shapes at m = 1, 4, 8
 COLUMNS = {"shape": "k → n, r", "m": "m", "ran": "ran", "us": "low_rank µs", "pair_us": "two F.linear µs",
            "faster": "× faster", "quartiles": "quartiles", "gb_per_s": "GB/s", "read": "of a pure read",
            "dense_us": "dense F.linear µs", "gates": "gates"}
-
-
-def low_rank_candidates(k: int, n: int, r: int, x: torch.Tensor) -> dict[str, Candidate]:
-    def factors(slab):
-        return slab[:r * k].view(r, k), slab[r * k:].view(n, r)
-
-    count = r * (k + n)
-    return {
-        "low_rank": Candidate(count, factors, lambda v, u: lowfat.low_rank(x, v, u)),
-        "pair": Candidate(count, factors, lambda v, u: linear(linear(x, v), u)),
-        "dense": Candidate(k * n, lambda slab: (slab.view(n, k),), lambda weight: linear(x, weight)),
-        # Two ways to do nothing but read; the faster one counts.
-        "read by dot": Candidate(count, as_floats, lambda values: torch.dot(values, values)),
-        "read by max": Candidate(count, as_floats, lambda values: torch.tensor(values.numpy().view("int32").max())),
-    }
-
-
-def as_floats(slab):
-    return (slab.view(torch.float32),)
-
-
-def which_ran(before: dict[str, int]) -> str:
-    """The path that the calls since `before` took, with the kernel's level."""
-    took = [path for path, count in calls().items() if count > before[path]]
-    return f"kernel ({_native.cpu_level()})" if took == ["decode"] else "library" if took == ["library"] else "reference"
-
-
-def calls() -> dict[str, int]:
-    return {path: _native.calls("low_rank", "cpu", path) for path in ("decode", "library")}
-
-
-def measure(pool: Pool, k: int, n: int, r: int, m: int, seconds: float) -> dict:
-    x = torch.randn(m, k).to(pool.values.dtype)
-    bytes_read, before = r * (k + n) * x.element_size(), calls()
-    timed = paired(low_rank_candidates(k, n, r, x), pool, repeats=repeats_for(bytes_read, seconds))
-    ran = which_ran(before)
-    read = min((timed["read by dot"], timed["read by max"]), key=microseconds)
-    low, middle, high = times_faster(timed["low_rank"], timed["pair"])
-    gates = sorted({gate for (v, u), y in timed["low_rank"].results
-                    for gate in failed_gates(y, linear(linear(x, v), u), chain(x, v.T, u.T))})
-    us = microseconds(timed["low_rank"])
-    return {"k": k, "n": n, "r": r, "m": m, "dtype": str(x.dtype).removeprefix("torch."), "ran": ran, "us": us,
-            "least_us": min(timed["low_rank"].us), "pair_us": microseconds(timed["pair"]), "faster": middle,
-            "faster_low": low, "faster_high": high, "gb_per_s": bytes_read / us / 1e3, "read_us": microseconds(read),
-            "of_read": microseconds(read) / us, "dense_us": microseconds(timed["dense"]), "repeats": len(read.us),
-            "failed_gates": gates}
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
 def summary(rows: list[dict]) -> dict:
@@ -86,8 +31,8 @@ def summary(rows: list[dict]) -> dict:
         mine = [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
         found[f"{dtype}: times faster than two F.linear, geometric mean at m = 1, 4, 8"] = {
             "found": geometric_mean([row["faster"] for row in mine]), "at_least": target,
-            "pure_read": geometric_mean([row["pair_us"] / row["read_us"] for row in mine])}
-    large = [row["of_read"] for row in rows if row["m"] == 1 and row["k"] == 4096]
+            "pure_read": geometric_mean([row["pair_us"] / row["floor_us"] for row in mine])}
+    large = [row["of_floor"] for row in rows if row["m"] == 1 and row["k"] == 4096]
     found["share of a pure read's bandwidth at m = 1, k = 4096, least"] = {"found": min(large, default=math.nan), "at_least": 0.75}
     slow = [row["faster"] for row in rows if row["pair_us"] > 20]
     found["times two F.linear where those take over 20 us, least"] = {"found": min(slow, default=math.nan), "at_least": 0.97}
@@ -118,7 +63,7 @@ def report(result: dict) -> str:
 
 def in_words(row: dict) -> dict:
     return row | {"shape": f"{row['k']} → {row['n']}, {row['r']}", "us": f"{row['us']:.0f}",
-                  "pair_us": f"{row['pair_us']:.0f}", "dense_us": f"{row['dense_us']:.0f}", "read": f"{row['of_read']:.2f}",
+                  "pair_us": f"{row['pair_us']:.0f}", "dense_us": f"{row['dense_us']:.0f}", "read": f"{row['of_floor']:.2f}",
                   "faster": f"{row['faster']:.2f}", "quartiles": f"{row['faster_low']:.2f}–{row['faster_high']:.2f}",
                   "gb_per_s": f"{row['gb_per_s']:.1f}",
                   "gates": "pass" if not row["failed_gates"] else "FAIL " + " ".join(row["failed_gates"])}
@@ -127,7 +72,6 @@ def in_words(row: dict) -> dict:
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long each candidate of a row runs")
@@ -139,10 +83,10 @@ def main() -> int:
 
     result = {"header": header(options.threads), "rows": []}
     for dtype in options.dtypes:
-        pool = Pool(DTYPES[dtype], scale=0.02)
-        for k, n, r in SHAPES:
+        pool = Pool(DTYPES[dtype], SCALE)
+        for layer in LAYERS:
             for m in options.rows:
-                row = measure(pool, k, n, r, m, options.seconds)
+                row = measure(pool, layer, m, options.seconds)
                 result["rows"].append(row)
                 shown = in_words(row)
                 print(dtype, *(f"{key}={shown[key]}" for key in COLUMNS), flush=True)

@@ -3,7 +3,6 @@
     python bench/ops/overhead.py [--out bench/results/overhead]"""
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from statistics import median, quantiles
@@ -11,10 +10,8 @@ from statistics import median, quantiles
 import torch
 from torch.nn.functional import linear
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import lowfat  # noqa: E402
-from timing import header, markdown  # noqa: E402
+import lowfat
+from lowfat.bench.timing import header, markdown
 
 TARGET = 1.7  # times two F.linear at most, without gradients
 COLUMNS = {"gradients": "gradients recorded", "us": "low_rank µs", "pair_us": "two F.linear µs", "ratio": "ratio",

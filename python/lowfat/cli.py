@@ -12,12 +12,13 @@ import torch
 import typer
 
 from . import hub
+from .bench.shapes import MODELS
 from .data import TASKS, read_rows
 from .demo import ENCODER, encoder_folder
 from .errors import ArgumentError, DeviceError, LowfatError
 from .methods import METHODS
 from .plan import POLICIES
-from .show import bar, print_json, show_demo, show_doctor, show_numbers, show_report, show_spectra, show_training
+from .show import bar, print_json, show_bench, show_demo, show_doctor, show_numbers, show_report, show_spectra, show_training
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy inside newer typers
 
@@ -198,6 +199,44 @@ def inspect(
         draw(found, plot, title=Path(model).name)
     left_out = skipped(opened, layers or None)
     print_json([one.to_json() for one in found]) if as_json else show_spectra(found, left_out, opened, plot)
+
+
+@app.command(short_help="Races a kernel against torch on real layers' shapes.")
+def bench(
+    op: Annotated[str, typer.Argument(metavar="OP", hidden=True)],
+    shapes: Annotated[str, typer.Option(metavar="NAMES", help=f"{', '.join(MODELS)}; or sizes k:n:r.")] = "minilm",
+    rows: Annotated[str, typer.Option(metavar="M,...", help="Rows of x.")] = "1,4,8,16",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = "bfloat16",
+    ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters kept: gives the rank.")] = 0.5,
+    rank: Annotated[Optional[int], typer.Option(metavar="R", help="The rank of all layers.")] = None,
+    seconds: Annotated[float, typer.Option(metavar="S", help="For each candidate of a row, on the CPU.")] = 0.5,
+    threads: Annotated[Optional[int], typer.Option(metavar="N", help="Of the CPU; default: torch's.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Race torch.compile too, on a GPU.")] = False,
+    out: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Writes FILE.json and FILE.png.")] = None,
+    device: Device = "auto", as_json: Json = False,
+) -> None:
+    """Races OP (low_rank) against two F.linear and the dense layer, and checks the results it timed.
+
+    Example:  lowfat bench low_rank --shapes minilm --rows 1,8
+    """
+    from .bench.race import draw, failures, race
+    from .storage import write_json
+
+    where = device_of(device)
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"--threads is {threads}; needs at least 1")
+    if out:
+        check_file(out)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    with bar("opening") as tell:
+        found = race(op, shapes=shapes, rows=rows, dtype=dtype, device=where, ratio=ratio, rank=rank, seconds=seconds,
+                     compiled=compiled, on_progress=tell)
+    if out:
+        write_json(out.with_suffix(".json"), found)
+        draw(found, out.with_suffix(".png"))
+    print_json(found) if as_json else show_bench(found)
+    if failures(found):
+        raise typer.Exit(1)
 
 
 @app.command(short_help="Versions, kernels, GPU, and what to do about problems.")

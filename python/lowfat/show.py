@@ -162,6 +162,30 @@ def show_spectra(found: list, left_out: dict[str, str], model, plot: Path | None
               f"{millions(total)} in the whole model{f'; picture: {plot}' if plot else ''}", soft_wrap=True)
 
 
+def show_bench(found: dict) -> None:
+    """A table of the calls, on a GPU also one of the chains."""
+    about, ceilings, rows = found["header"], found["ceilings"], found["rows"]
+    kernels = sorted({row["ran"] for row in rows} - {"library", "reference"})
+    out.print(f"{about.get('gpu') or about['cpu']}, {about['threads']} thread(s), load {about['load'][0]}; "
+              f"torch {about['torch']}; {', '.join(kernels) or 'no kernel'} ran; {about['date']}")
+    if ceilings:
+        out.print(f"The floor: {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, as a copy reaches, and "
+                  f"{ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s, as a large product does")
+    _show_race(rows, f"{about['op']}, {rows[0]['dtype']}: microseconds of a call, weights from memory")
+    if found["chains"]:
+        _show_race(found["chains"], f"The same of one layer in a chain of {found['chains'][0]['layers']}")
+
+
+def _show_race(rows: list[dict], title: str) -> None:
+    """Where a gate refused a result, its name stands in place of the speed-up."""
+    peers = [name for name in ("pair", "compiled", "dense") if f"{name}_us" in rows[0]]
+    print_table(("k -> n, rank", "m", "ran", "µs", *peers, "faster", "floor"),
+                [(f"{row['k']} -> {row['n']}, {row['r']}", f"{row['m']}", row["ran"].split()[0], f"{row['us']:.1f}",
+                  *(f"{row[f'{name}_us']:.1f}" for name in peers),
+                  "FAIL " + " ".join(row["failed_gates"]) if row["failed_gates"] else f"{row['faster']:.2f} x",
+                  f"{row['of_floor']:.0%}") for row in rows], title=title)
+
+
 def show_doctor(known: dict, summary: str, advice: list[str]) -> None:
     build, cpu, cuda = known["build"], known["cpu"], known["cuda"]
     rows = [("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in known["versions"].items())),

@@ -1,4 +1,4 @@
-"""What benchmarks share: weights read from memory, not from caches; paired timing; poisoned outputs, judged afterwards."""
+"""Paired timing of calls on weights that come from memory, not from caches; what they returned is kept to be judged."""
 import datetime
 import glob
 import os
@@ -13,19 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _native, doctor
 
-def header(threads: int) -> dict:
-    """What a number means nothing without."""
-    import lowfat
-    from lowfat import doctor
 
-    return {
+def header(threads: int, device: torch.device = torch.device("cpu")) -> dict:
+    """What a number means nothing without. Clocks are measured as they are, never set."""
+    build, processor = _native.build_info(), doctor.cpu()
+    about = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": doctor.cpu()["name"], "cores": os.cpu_count(), "threads": threads, "level": doctor.cpu()["level"],
+        "cpu": processor["name"], "cores": os.cpu_count(), "threads": threads, "level": processor["level"],
         "load": [round(load, 2) for load in os.getloadavg()],
-        "lowfat": lowfat.build_info().get("version"), "compiler": lowfat.build_info().get("compiler"),
+        "lowfat": build.get("version"), "compiler": build.get("compiler"),
         "torch": torch.__version__, "python": platform.python_version(),
     }
+    if device.type == "cuda":
+        gpu = (doctor.gpus() or [{}])[0]
+        about |= {"gpu": torch.cuda.get_device_name(device), "driver": gpu.get("driver"), "cuda": torch.version.cuda,
+                  "nvcc": build.get("cuda")}
+    return about
 
 
 def last_level_cache_bytes() -> int:
@@ -38,11 +43,15 @@ class Pool:
     """Random weights, over twice the last-level cache. next() goes around in it, so that every call finds its own in
     memory, as a model's decode step does. Never zeros: real hardware is faster on them."""
 
-    def __init__(self, dtype: torch.dtype, scale: float, size_bytes: int | None = None):
+    def __init__(self, dtype: torch.dtype, scale: float, size_bytes: int | None = None, device: torch.device | str = "cpu"):
         size_bytes = size_bytes or 2 * last_level_cache_bytes() + (64 << 20)
-        self.values, self.at = torch.empty(size_bytes // dtype.itemsize, dtype=dtype), 0
+        self.values, self.at, self.scale = torch.empty(size_bytes // dtype.itemsize, dtype=dtype, device=device), 0, scale
         for piece in self.values.split(1 << 24):  # no second copy of all of it in fp32
-            piece.copy_(torch.randn(piece.numel()).mul_(scale))
+            piece.copy_(torch.randn(piece.numel(), device=device).mul_(scale))
+
+    def rescale(self, scale: float) -> None:
+        self.values.mul_(scale / self.scale)
+        self.scale = scale
 
     def next(self, count: int) -> Tensor:
         if count > self.values.numel():
@@ -57,24 +66,24 @@ class Pool:
 class Candidate(NamedTuple):
     count: int  # numbers it reads from the pool
     operands: Callable[[Tensor], tuple]  # those numbers, as the arguments of call; not timed
-    call: Callable[..., Tensor]  # timed; must return a tensor of its own
+    call: Callable[..., Tensor | list[Tensor]]  # timed; must return tensors of its own
 
 
 class Timed(NamedTuple):
     us: list[float]  # one per repeat
-    results: list[tuple[tuple, Tensor]]  # operands and the very buffers of the last timed calls
+    results: list[tuple[tuple, Tensor | list[Tensor]]]  # operands and the very buffers of the last timed calls
 
 
 def paired(candidates: dict[str, Candidate], pool: Pool, *, repeats: int, kept: int = 2,
            warmup: int = 2) -> dict[str, Timed]:
-    """Time every candidate once per repeat, in alternating order, each time on other weights.
+    """Time every candidate once per repeat on the CPU, in alternating order, each time on other weights.
 
     A buffer that goes back to the allocator is filled with NaN first, so that a candidate which computes nothing is given
     NaN or a result for other weights, and fails when its buffers are judged."""
     us, results = {name: [] for name in candidates}, {name: deque() for name in candidates}
     for name, candidate in candidates.items():
         y = candidate.call(*candidate.operands(pool.next(candidate.count)))
-        blanks = [torch.full_like(y, poison_of(y)) for _ in range(4)]  # held together, so that each is another buffer
+        blanks = [blank for _ in range(4) for blank in blanks_like(y)]  # held together, so that each is another buffer
         del y, blanks
     for i in range(-warmup, repeats):
         for name in candidates if i % 2 else reversed(candidates):
@@ -89,9 +98,22 @@ def paired(candidates: dict[str, Candidate], pool: Pool, *, repeats: int, kept: 
             del y
             if len(results[name]) > kept:
                 _, old = results[name].popleft()
-                old.fill_(poison_of(old))
+                poison(old)
                 del old
     return {name: Timed(us[name], list(results[name])) for name in candidates}
+
+
+def poison(y: Tensor | list[Tensor]) -> None:
+    for one in outputs_of(y):
+        one.fill_(poison_of(one))
+
+
+def blanks_like(y: Tensor | list[Tensor]) -> list[Tensor]:
+    return [torch.full_like(one, poison_of(one)) for one in outputs_of(y)]
+
+
+def outputs_of(y: Tensor | list[Tensor]) -> list[Tensor]:
+    return [y] if isinstance(y, Tensor) else y
 
 
 def poison_of(y: Tensor) -> float | int:
@@ -103,9 +125,9 @@ def times_faster(ours: Timed, theirs: Timed) -> tuple[float, float, float]:
     return tuple(quantiles([b / a for a, b in zip(ours.us, theirs.us, strict=True)], n=4))
 
 
-def repeats_for(bytes_read: int, seconds: float, gb_per_s: float = 5.0) -> int:
-    """Repeats that take about this long at a cautious bandwidth; odd, so that the median is a measurement."""
-    return max(15, min(301, int(seconds * gb_per_s * 1e9 / bytes_read))) | 1
+def repeats_for(call_seconds: float, seconds: float) -> int:
+    """Repeats that take about this long, never few; odd, so that the median is a measurement."""
+    return max(15, min(301, int(seconds / call_seconds))) | 1
 
 
 def markdown(columns: dict[str, str], rows: list[dict]) -> str:

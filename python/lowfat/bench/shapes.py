@@ -1,0 +1,47 @@
+"""The linear layers of real models, by the model's name, and the rank each gets.   k in   n out   r rank"""
+import re
+from typing import NamedTuple
+
+from ..errors import ArgumentError
+
+# model -> (which layers of a block have this shape, k, n)
+MODELS = {
+    "llama-8b": [("query, output", 4096, 4096), ("key, value", 4096, 1024), ("gate, up", 4096, 14336),
+                 ("down", 14336, 4096)],
+    "bert-base": [("query, key, value, output", 768, 768), ("intermediate", 768, 3072), ("output", 3072, 768)],
+    "minilm": [("query, key, value, output", 384, 384), ("intermediate", 384, 1536), ("output", 1536, 384)],
+}
+
+
+class Layer(NamedTuple):
+    model: str  # or, for sizes given as such, what was given
+    name: str
+    k: int
+    n: int
+    r: int
+
+
+def layers(names: str, *, ratio: float = 0.5, rank: int | None = None) -> list[Layer]:
+    """The layers of "llama-8b,minilm", or of sizes "4096:14336:1024" (k:n:r). The rank keeps `ratio` of a weight's
+    parameters, in multiples of 8, if none is given.
+
+    Raises ArgumentError for an unknown name, a ratio outside (0, 1) or a rank that no such layer has."""
+    if not 0 < ratio < 1:
+        raise ArgumentError(f"ratio must be between 0 and 1; found {ratio}")
+    found = []
+    for name in names.split(","):
+        if sizes := re.fullmatch(r"(\d+):(\d+):(\d+)", name):
+            found.append(Layer(name, "", *(int(size) for size in sizes.groups())))
+        elif name in MODELS:
+            found += [Layer(name, kind, k, n, rank_for(k, n, ratio) if rank is None else rank)
+                      for kind, k, n in MODELS[name]]
+        else:
+            raise ArgumentError(f"shapes: {name!r} is neither one of {', '.join(MODELS)} nor sizes k:n:r like 4096:4096:512")
+    for _, _, k, n, r in found:
+        if not 1 <= r <= min(k, n):
+            raise ArgumentError(f"rank must be between 1 and {min(k, n)} for {k} -> {n}; found {r}")
+    return found
+
+
+def rank_for(k: int, n: int, ratio: float) -> int:
+    return max(8, int(ratio * k * n / (k + n)) // 8 * 8)

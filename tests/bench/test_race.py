@@ -1,0 +1,163 @@
+"""`lowfat bench`: each row says what ran and how it was judged; wrong results and wrong options do not pass."""
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lowfat.bench.low_rank as bench
+from lowfat.bench import graphs, race, timing
+from lowfat.bench.shapes import MODELS, Layer, layers
+from lowfat.cli import app
+from lowfat.errors import ArgumentError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_pool(monkeypatch):
+    """Enough for these shapes: filling twice the last-level cache takes seconds."""
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 1 << 20)
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["bench", *arguments, "--device", "cpu", "--seconds", "0.01", "--threads", "1"])
+
+
+def test_a_row_is_complete_and_true_to_itself():
+    found = race.race("low_rank", shapes="64:96:16,256:128:32", rows="1,20", device=CPU, seconds=0.01)
+    assert [(row["k"], row["n"], row["r"], row["m"]) for row in found["rows"]] == [
+        (64, 96, 16, 1), (64, 96, 16, 20), (256, 128, 32, 1), (256, 128, 32, 20)]
+    assert found["ceilings"] is None and found["chains"] == [] and not race.failures(found)
+    for row in found["rows"]:
+        assert 0 < row["least_us"] <= row["us"] and row["faster_low"] <= row["faster"] <= row["faster_high"]
+        assert row["against_best"] == pytest.approx(min(row["pair_us"], row["dense_us"]) / row["us"])
+        assert row["of_floor"] == pytest.approx(row["floor_us"] / row["us"])
+        assert row["gb_per_s"] == pytest.approx(2 * row["r"] * (row["k"] + row["n"]) / row["us"] / 1e3)
+    json.dumps(found)
+
+
+def test_a_row_names_the_path_that_ran():
+    """By its counter, not by what choose_config promises: kills a name that does not ask whether anything ran."""
+    from lowfat import _native
+
+    found = race.race("low_rank", shapes="64:96:16", rows="1,20", device=CPU, seconds=0.01)["rows"]
+    if _native.kernels():
+        assert [row["ran"] for row in found] == [f"kernel ({_native.cpu_level()})", "library"]
+    else:
+        assert [row["ran"] for row in found] == ["reference", "reference"]
+    x = torch.randn(1, 64)
+    assert bench.which_ran(x, 96, 16, before=bench.calls(x, 96, 16)) == "reference"
+
+
+@pytest.mark.parametrize("planted", [
+    lambda x, v, u: torch.empty(len(x), len(u), dtype=x.dtype),  # nothing
+    lambda x, v, u: torch.zeros(len(x), len(u), dtype=x.dtype),
+    lambda x, v, u: bench.linear(bench.linear(x, v), u) * 1.05,
+])
+def test_a_wrong_kernel_fails_the_command(planted, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "low_rank", planted)
+    done = command("low_rank", "--shapes", "384:384:96", "--rows", "2", "--out", str(tmp_path / "found"))
+    assert done.exit_code == 1 and "FAIL" in done.stdout
+    assert "G3" in json.loads((tmp_path / "found.json").read_text())["rows"][0]["failed_gates"]
+
+
+def test_the_command_shows_and_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["--shapes", "64:96:16", "--rows", "1,2", "--dtype", "float32", "--out", str(tmp_path / "found")]
+    done = command("low_rank", *options)
+    assert done.exit_code == 0, done.output
+    assert "64 -> 96, 16" in done.stdout and max(map(len, done.stdout.splitlines()[1:])) <= 80
+    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
+    assert [row["m"] for row in json.loads((tmp_path / "found.json").read_text())["rows"]] == [1, 2]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["high_rank"], "op must be one of low_rank; found 'high_rank'"),
+    (["low_rank", "--shapes", "llama-8c"], "neither one of llama-8b, bert-base, minilm nor sizes k:n:r"),
+    (["low_rank", "--shapes", "64:96"], "'64:96' is neither"),
+    (["low_rank", "--shapes", "64:96:65"], "rank must be between 1 and 64 for 64 -> 96; found 65"),
+    (["low_rank", "--rank", "0"], "rank must be between 1 and 384"),
+    (["low_rank", "--ratio", "1"], "ratio must be between 0 and 1"),
+    (["low_rank", "--rows", "1,two"], "rows must be whole numbers"),
+    (["low_rank", "--rows", "0"], "rows must be between 1 and 65536"),
+    (["low_rank", "--dtype", "float64"], "dtype must be one of bfloat16, float16, float32; found 'float64'"),
+    (["low_rank", "--out", "nowhere/found"], "the folder nowhere does not exist"),
+])
+def test_wrong_options(arguments, words):
+    done = command(*arguments)
+    assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_no_seconds_and_no_threads():
+    with pytest.raises(ArgumentError, match="seconds must be between 0 and 3600"):
+        race.race("low_rank", shapes="minilm", rows="1", device=CPU, seconds=0)
+    done = CliRunner().invoke(app, ["bench", "low_rank", "--threads", "0"])
+    assert done.exit_code == 2 and "--threads is 0; needs at least 1" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+def test_ranks_keep_the_ratio_in_multiples_of_eight():
+    for ratio in (0.25, 0.5, 0.9):
+        for layer in layers(",".join(MODELS), ratio=ratio):
+            kept = layer.r * (layer.k + layer.n) / (layer.k * layer.n)
+            assert layer.r % 8 == 0 and ratio - 8 * (layer.k + layer.n) / (layer.k * layer.n) < kept <= ratio
+    assert {layer.r for layer in layers("llama-8b", rank=128)} == {128}
+    assert layers("4096:14336:1024") == [Layer("4096:14336:1024", "", 4096, 14336, 1024)]
+    assert [layer.r for layer in layers("bert-base")] == [192, 304, 304]
+
+
+# ------------------------------------------------------------------------------------------------ a GPU's chain, without one
+def chain_gates(planted, monkeypatch):
+    """The gates that 32 such layers fail, called as a GPU's graph would call them."""
+    monkeypatch.setattr(bench, "low_rank", planted)
+    x = torch.randn(2, 96).bfloat16()
+    pool = timing.Pool(torch.bfloat16, scale=(32 * (96 * 160) ** 0.5) ** -0.25, size_bytes=4 << 20)
+    timed = timing.paired(bench.chain_candidates(x, 160, 32), pool, repeats=5)
+    [*_, (weights, outputs)] = timed["low_rank"].results
+    assert len(weights) == 64 and [tuple(y.shape) for y in outputs] == [(2, 160), (2, 96)] * 16
+    assert 0.01 < outputs[-1].float().abs().median() < 100 or planted is not right  # neither grows nor shrinks
+    return bench.judged_chain(x, timed["low_rank"].results)
+
+
+def right(x, v, u):
+    return bench.linear(bench.linear(x, v), u)
+
+
+def test_a_chain_is_judged_layer_by_layer(monkeypatch):
+    assert chain_gates(right, monkeypatch) == []
+
+
+def test_one_wrong_layer_of_a_chain_is_caught(monkeypatch):
+    """Kills a judge that looks at the first or the last layer only, or that bounds the whole chain."""
+    count = iter(range(10**6))
+    assert "G3" in chain_gates(lambda x, v, u: right(x, v, u) * (1.05 if next(count) % 32 == 17 else 1), monkeypatch)
+
+
+def test_floor_of_a_gpu():
+    """The figures of one layer at 4.3 TB/s and 790 TFLOP/s: 8.4 MB at m = 1, by arithmetic from m = 1024 on."""
+    limits, layer = {"bytes_per_s": 4.3e12, "flops_per_s": 790e12}, Layer("", "", 4096, 4096, 512)
+    assert bench.floor(layer, 1, 2, limits) == pytest.approx(1.95, abs=0.01)
+    assert bench.floor(layer, 256, 2, limits) == pytest.approx(2.9, abs=0.05)
+    assert bench.floor(layer, 1024, 2, limits) == pytest.approx(10.9, abs=0.05)
+
+
+# ------------------------------------------------------------------------------------------------ GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("does_nothing", [False, True])
+def test_a_kernel_that_does_nothing_is_caught_in_a_graph(does_nothing, monkeypatch):
+    if does_nothing:
+        monkeypatch.setattr(bench, "low_rank", lambda x, v, u: torch.empty(len(x), len(u), dtype=x.dtype, device=x.device))
+    x = torch.randn(4, 256, device="cuda").bfloat16()
+    pool = graphs.pool_for(torch.bfloat16, 0.05, x.device, 1 << 20)
+    timed = graphs.paired(bench.candidates(x, 192, 32), pool, repeats=5)
+    assert all(len(one.us) == 5 and len(one.results) == 4 for one in timed.values())
+    assert ("G3" in bench.judged(x, timed["low_rank"].results)) == does_nothing
+    assert not bench.judged(x, timed["pair"].results)
+
+
+@pytest.mark.gpu
+def test_a_race_on_a_gpu():
+    found = race.race("low_rank", shapes="1024:1024:128", rows="1,64", device=torch.device("cuda"))
+    assert not race.failures(found) and len(found["chains"]) == 2
+    assert all(0 < row["of_floor"] < 1.05 for row in found["rows"]), found  # faster than the floor: not what was to be done
