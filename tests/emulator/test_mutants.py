@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_emulator import needs_host
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mutants  # noqa: E402  (beside this file)
+from test_emulator import needs_host  # noqa: E402
 
 CASES = [pytest.param(mutant, id=mutant.name.replace(" ", "_"), marks=[pytest.mark.nightly] if number % 6 else [])
          for number, mutant in enumerate(mutants.MUTANTS)]
