@@ -22,19 +22,20 @@ struct Shape {
 
 constexpr int kH200 = 232448;  // bytes of shared memory in a block
 const Shape kRagged[] = {
-    {1, 8, 8, 1, true, true, 4, kH200},           // one of everything
-    {3, 40, 24, 17, true, true, 4, kH200},        // tails of a tile of v, of a tile of u, of a step
-    {8, 264, 40, 50, false, true, 7, kH200},      // all tokens of one tile
-    {9, 264, 40, 50, false, true, 7, kH200},      // the first of the second
-    {16, 776, 96, 130, true, false, 9, kH200},
-    {2, 2056, 8, 64, true, true, 132, kH200},     // eight splits, an item for each warp at most
-    {5, 1048, 136, 100, false, false, 12, kH200},
-    {13, 1160, 56, 250, true, true, 3, kH200},    // more units and tiles than blocks
-    {16, 72, 2048, 40, true, true, 12, kH200},    // the largest rank
-    {7, 600, 256, 333, true, true, 5, 36 << 10},  // u does not fit: the rest goes to registers
-    {12, 600, 256, 333, true, true, 5, 54 << 10},
-    {4, 320, 520, 700, false, true, 5, 32 << 10},  // next to nothing of u fits
+    {1, 8, 8, 1, true, true, 4, kH200},            // one of everything
+    {3, 40, 24, 17, true, true, 4, kH200},         // tails of a tile of v, of a tile of u, of a step
+    {8, 264, 40, 50, false, true, 7, kH200},       // all tokens of one tile
+    {9, 264, 40, 50, false, true, 7, kH200},       // the first of the second
+    {7, 296, 136, 333, true, true, 5, 31 << 10},   // u does not fit: the rest goes to registers
+    {12, 296, 136, 333, true, true, 5, 47 << 10},
+    {16, 520, 72, 82, true, false, 9, kH200},
+    {2, 1032, 8, 64, true, true, 132, kH200},      // four splits; an item for each warp at most; blocks with no tile of u
+    {2, 2088, 8, 24, false, true, 1, kH200},       // three batches of v, in one block
+    {5, 536, 40, 100, false, false, 12, kH200},
+    {13, 520, 56, 150, true, true, 3, kH200},      // more units and tiles than blocks
+    {4, 40, 264, 700, false, true, 4, 27 << 10},   // next to nothing of u fits: three batches of the rest
 };
+constexpr size_t kShapes = sizeof kRagged / sizeof *kRagged;
 
 struct Operands {
   std::vector<uint16_t> x, v, u, bias;
@@ -172,14 +173,6 @@ Truth truth_of(const Shape& s, const Operands& in) {
   return t;
 }
 
-// Truth takes longer than the kernel: once for all seeds.
-template <class T>
-const Truth& known_truth(size_t index, const Operands& in) {
-  static std::map<size_t, Truth> known;
-  if (!known.count(index)) known[index] = truth_of<T>(kRagged[index], in);
-  return known[index];
-}
-
 void within(const std::vector<double>& found, const std::vector<double>& expected, const std::vector<double>& bound, const char* what) {
   for (size_t i = 0; i < found.size(); ++i) {
     if (!(std::fabs(found[i] - expected[i]) <= bound[i])) check::equal(found[i], expected[i], what, i);
@@ -204,42 +197,62 @@ struct Errors {
   }
 };
 
-// --- kernels ---
+// What is the same for every seed.
+struct Known {
+  Operands in;
+  Truth truth;
+  Outputs first;  // of the first seed
+};
 
 template <class T>
+Known& known_of(size_t shape, bool is_whole) {
+  static std::map<size_t, Known> all;
+  Known& known = all[2 * shape + is_whole];
+  if (known.truth.y.empty()) {
+    known.in = operands<T>(kRagged[shape], is_whole);
+    known.truth = truth_of<T>(kRagged[shape], known.in);
+  }
+  return known;
+}
+
+// --- kernels ---
+
+// The first seed runs both, the second one launch, the third two.
+template <class T>
 void ragged_shapes(uint64_t seed) {
-  static std::map<size_t, Outputs> first;
   Errors errors;
-  for (size_t i = 0; i < sizeof kRagged / sizeof *kRagged; ++i) {
+  for (size_t i = 0; i < kShapes; ++i) {
     const Shape& s = kRagged[i];
-    const Operands in = operands<T>(s, false);
-    const Outputs one = run<T>(s, in, false, {seed}), two = run<T>(s, in, true, {seed});
-    check::that(one.y == two.y && one.h == two.h, "one launch and two give the same bits; shape", i);
-    if (!first.count(i)) first[i] = one;
-    check::that(one.y == first[i].y && one.h == first[i].h, "every seed gives the same bits; shape", i);
-    const Truth& truth = known_truth<T>(i, in);
-    const auto y = wide<T>(one.y), h = wide<T>(one.h);
-    within(y, truth.y, truth.y_bound, emulator::text("y of shape %zu", i).c_str());
-    if (s.wants_h) within(h, truth.h, truth.h_bound, emulator::text("h of shape %zu", i).c_str());
-    errors.add(y, truth);
+    Known& known = known_of<T>(i, false);
+    const Outputs out = run<T>(s, known.in, seed == 3, {seed});
+    if (seed == 1) {
+      known.first = out;
+      const Outputs two = run<T>(s, known.in, true, {seed});
+      check::that(out.y == two.y && out.h == two.h, "one launch and two give the same bits; shape", i);
+    }
+    check::that(out.y == known.first.y && out.h == known.first.h, "every seed gives the same bits; shape", i);
+    const auto y = wide<T>(out.y), h = wide<T>(out.h);
+    within(y, known.truth.y, known.truth.y_bound, emulator::text("y of shape %zu", i).c_str());
+    if (s.wants_h) within(h, known.truth.h, known.truth.h_bound, emulator::text("h of shape %zu", i).c_str());
+    errors.add(y, known.truth);
   }
   errors.pass();
+}
+
+void equal(const std::vector<double>& found, const std::vector<double>& expected, const char* what) {
+  for (size_t i = 0; i < found.size(); ++i) check::equal(found[i], expected[i], what, i);
 }
 
 // Every product and sum is exact, so each single term counts.
 template <class T>
 void whole_numbers(uint64_t seed) {
-  for (size_t i = 0; i < sizeof kRagged / sizeof *kRagged; ++i) {
-    const Shape& s = kRagged[i];
-    const Operands in = operands<T>(s, true);
-    static std::map<size_t, Truth> known;
-    if (!known.count(i)) known[i] = truth_of<T>(s, in);
-    for (double one : known[i].h) check::that(std::fabs(one) <= 256, "h is exact in bf16", i);
-    for (double one : known[i].y) check::that(std::fabs(one) <= 256, "y is exact in bf16", i);
-    const Outputs out = run<T>(s, in, seed % 2, {seed});
-    const auto y = wide<T>(out.y), h = wide<T>(out.h);
-    for (size_t j = 0; j < y.size(); ++j) check::equal(y[j], known[i].y[j], emulator::text("y of shape %zu", i).c_str(), j);
-    for (size_t j = 0; j < h.size(); ++j) check::equal(h[j], known[i].h[j], emulator::text("h of shape %zu", i).c_str(), j);
+  for (size_t i = 0; i < kShapes; ++i) {
+    const Known& known = known_of<T>(i, true);
+    for (double one : known.truth.h) check::that(std::fabs(one) <= 256, "h is exact in bf16", i);
+    for (double one : known.truth.y) check::that(std::fabs(one) <= 256, "y is exact in bf16", i);
+    const Outputs out = run<T>(kRagged[i], known.in, (seed + i) % 2, {seed});
+    equal(wide<T>(out.y), known.truth.y, emulator::text("y of shape %zu", i).c_str());
+    if (kRagged[i].wants_h) equal(wide<T>(out.h), known.truth.h, emulator::text("h of shape %zu", i).c_str());
   }
 }
 
@@ -247,9 +260,9 @@ void whole_numbers(uint64_t seed) {
 void launches_one_after_another(uint64_t seed) {
   const Shape s{6, 520, 48, 90, true, true, 6, kH200};
   const Operands in = operands<device::Bf16>(s, false);
-  const Outputs one = run<device::Bf16>(s, in, false, {seed}, 4);
+  const Outputs one = run<device::Bf16>(s, in, false, {seed}, 3);
   const Outputs late = run<device::Bf16>(s, in, false, {seed}, 2, (1ull << 33) + 7);
-  const Outputs two = run<device::Bf16>(s, in, true, {seed}, 4);
+  const Outputs two = run<device::Bf16>(s, in, true, {seed}, 2);
   check::that(one.y == late.y && one.y == two.y, "the same bits at every count");
 }
 
@@ -261,9 +274,16 @@ void two_launches_with_few_blocks_resident(uint64_t seed) {
   check::that(all.y == few.y && all.h == few.h, "the same bits");
 }
 
+// The barrier needs all blocks at once, and says so to whoever starts them.
+void one_launch_with_few_blocks_resident(uint64_t seed) {
+  const Shape s{6, 520, 48, 90, true, true, 6, kH200};
+  const Operands in = operands<device::Bf16>(s, false);
+  check::reports("cooperative launch", [&] { run<device::Bf16>(s, in, false, {seed, 2}); });
+}
+
 // How much of u is prefetched does not show; nor does which row a token is in, or in which company.
 void bits_depend_on_sizes_alone(uint64_t seed) {
-  Shape s{12, 600, 256, 333, true, true, 5, kH200};
+  Shape s{12, 296, 256, 333, true, true, 5, kH200};
   const Operands in = operands<device::Bf16>(s, false);
   const Outputs fits = run<device::Bf16>(s, in, false, {seed});
   const DecodePlan plan = plan_of(s, false);
@@ -281,20 +301,35 @@ void bits_depend_on_sizes_alone(uint64_t seed) {
   check::that(std::equal(few.y.begin(), few.y.end(), fits.y.begin() + 7 * s.n), "rows 7.. by themselves");
 }
 
+// Not in what is zero times something, either: lanes past the end of a row of h.
 void not_a_number_stays_in_its_row(uint64_t seed) {
   const Shape s{11, 264, 40, 50, true, true, 7, kH200};
-  Operands in = operands<device::Bf16>(s, false);
-  in.x[3 * s.k + 263] = 0x7fc0;
-  const auto y = wide<device::Bf16>(run<device::Bf16>(s, in, seed % 2, {seed}).y);
-  for (int token = 0; token < s.m; ++token) {
-    for (int column = 0; column < s.n; ++column) {
-      check::that(std::isnan(y[token * s.n + column]) == (token == 3), "only row 3 is NaN; row", token);
+  for (int row : {0, 3, 10}) {
+    Operands in = operands<device::Bf16>(s, false);
+    in.x[row * s.k + 263] = 0x7fc0;
+    const auto y = wide<device::Bf16>(run<device::Bf16>(s, in, seed % 2, {seed}).y);
+    for (int token = 0; token < s.m; ++token) {
+      for (int column = 0; column < s.n; ++column) {
+        check::that(std::isnan(y[token * s.n + column]) == (token == row), "only one row is NaN; found", token);
+      }
     }
   }
 }
 
-// Rows of 4096, 128 blocks: what a layer of a model is. Once: other seeds have the small shapes.
+// Once: other seeds have the small shapes.
+void largest_rank(uint64_t seed) {
+  if (seed != 1) return;
+  const Shape s{4, 8, 2048, 20, true, true, 16, kH200};
+  const Operands in = operands<device::Fp16>(s, true);
+  const Truth truth = truth_of<device::Fp16>(s, in);
+  equal(wide<device::Fp16>(run<device::Fp16>(s, in, false, {seed}).y), truth.y, "y");
+}
+
+// Rows of 4096, 128 blocks: what a layer of a model is. Ten seconds under AddressSanitizer, which has seen every path by then.
 void layer_of_a_model(uint64_t seed) {
+#ifdef __SANITIZE_ADDRESS__
+  return;
+#endif
   if (seed != 1) return;
   const Shape s{8, 4096, 512, 4096, false, false, 132, kH200};
   check::that(plan_of(s, false).grid == 128, "128 blocks are no slower than 132");
@@ -316,7 +351,9 @@ int main(int count, char** arguments) {
                      {"whole numbers, fp16", whole_numbers<device::Fp16>},
                      {"launches one after another", launches_one_after_another},
                      {"two launches, few blocks resident", two_launches_with_few_blocks_resident},
+                     {"one launch, few blocks resident", one_launch_with_few_blocks_resident},
                      {"bits depend on sizes alone", bits_depend_on_sizes_alone},
                      {"NaN stays in its row", not_a_number_stays_in_its_row},
+                     {"largest rank", largest_rank},
                      {"layer of a model", layer_of_a_model}});
 }
