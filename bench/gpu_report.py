@@ -1,0 +1,156 @@
+"""What bench/gpu.sh has found so far, as one JSON file and a table; and what it needs before it can start.
+
+    python bench/gpu_report.py needs | sanitizers WORK | report WORK OUT"""
+import argparse
+import csv
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("nvcc", "g++", "cmake", "ninja")
+TO_TEST = ("pytest", "pytest-timeout", "hypothesis")
+# H200, bf16: (k, n, r) -> {m: (microseconds, times as fast as the better of pair and compiled pair)}
+TARGETS = {
+    (4096, 4096, 512): {1: (5.0, 1.35), 4: (5.0, 1.35), 8: (5.0, 1.35), 16: (5.0, 1.35), 64: (6.0, 1.3), 256: (7.5, 1.25),
+                        1024: (16.5, 1.15)},
+    (4096, 14336, 1024): {1: (12.8, 1.12), 256: (18, 1.15), 1024: (66, 1.05)},
+    (768, 768, 192): {1: (3.3, 1.4), 4: (3.3, 1.4), 8: (3.3, 1.4), 16: (3.3, 1.4), 64: (3.3, 1.4), 4096: (7.8, 1.25)},
+}
+
+
+def missing() -> list[str]:
+    """What a build without a network and the tests need and this machine lacks."""
+    project = re.findall(r'"([a-z][\w.-]*)(?:>=([\d.]+))?[^"]*"', "".join(
+        re.findall(r"^(?:requires|dependencies) = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)))
+    found = [one for one in (lacks(name, least) for name, least in [*project, *((name, "") for name in TO_TEST)]) if one]
+    return found + [name for name in PROGRAMS if not shutil.which(name) and not importlib.util.find_spec(name)]
+
+
+def lacks(name: str, least: str) -> str:
+    """"" or how a package falls short."""
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return f"{name}>={least}" if least else name
+    return f"{name}>={least} (found {version})" if numbers(version) < numbers(least) else ""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def sanitizer_rows(work: Path) -> list[dict]:
+    """A planted fault must be found (exit code 9), in our kernels none."""
+    path = work / "sanitizers.csv"
+    if not path.exists():
+        return []
+    rows = []
+    for tool, *name, code in csv.reader(path.open()):
+        expected = 9 if name[0].startswith("planted") else 0
+        rows.append({"tool": tool, "what": ",".join(name), "code": int(code), "passed": int(code) == expected})
+    return rows
+
+
+def report(work: Path, out: Path) -> dict:
+    """Everything that the phases left in `work`; nothing where one has not run."""
+    found = {"machine": machine(), "commit": commit(), "phases": lines(out / "phases")}
+    for name in ("conformance", "variants", "targets", "models", "compiled"):
+        path = work / f"{name}.json"
+        found[name] = json.loads(path.read_text()) if path.exists() else None
+    found["tests"], found["sanitizers"] = tests(work / "tests.xml"), sanitizer_rows(work)
+    (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def tests(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    suite = xml.parse(path).getroot().find("testsuite")
+    failed = [f"{case.get('classname')}.{case.get('name')}" for case in suite.iter("testcase")
+              if case.find("failure") is not None or case.find("error") is not None]
+    return {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failed}
+
+
+def machine() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else ""
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(found: dict) -> str:
+    text = ["", f"{found['machine']}, commit {found['commit']}; " + "; ".join(f"phase {line}" for line in found["phases"])]
+    if cases := found["conformance"]:
+        wrong = [row["case"] for row in cases if row["passed"] is False]
+        ran = sum(row["passed"] is not None for row in cases)
+        text.append(f"conformance: {ran - len(wrong)} of {ran} passed" + "".join(f"\n  FAIL {name}" for name in wrong))
+    if suite := found["tests"]:
+        text.append(f"tests: {suite['tests']}, skipped {suite['skipped']}, failed {len(suite['failed'])}")
+        text += [f"  FAIL {name}" for name in suite["failed"]]
+    text += [f"{'pass' if row['passed'] else 'FAIL'} {row['tool']}: {row['what']} (exit code {row['code']})"
+             for row in found["sanitizers"]]
+    rows = target_rows(found)
+    if rows:
+        text += ["", f"{'k -> n, rank':22}{'m':>5}  {'ran':9}{'us':>8}{'target':>8}{'ratio':>8}{'target':>8}{'chain':>8}{'floor':>7}"]
+        for row in rows:
+            text.append(f"{row['sizes']:22}{row['m']:>5}  {row['ran']:9}{row['us']:8.2f}{row['target_us']:8.1f}{row['ratio']:8.2f}"
+                        f"{row['target_ratio']:8.2f}{row['chain']:8.2f}{row['of_floor']:7.0%}"
+                        f"{'' if row['met'] else '  MISSED'}{'  FAIL ' + ' '.join(row['failed_gates']) if row['failed_gates'] else ''}")
+    if variants := found["variants"]:
+        faster = sum(row["two_over_one"] < 1 for row in variants)
+        bad = [row for row in variants if not row["same_bits"] or row["wrong_elements"]]
+        text.append(f"decode: two launches were faster in {faster} of {len(variants)} races; {len(bad)} with wrong results")
+    return "\n".join(text)
+
+
+def target_rows(found: dict) -> list[dict]:
+    """The measured rows that have a target, met where both its time and its ratio are reached."""
+    if not found["targets"]:
+        return []
+    key = lambda row: (row["k"], row["n"], row["r"], row["m"])  # noqa: E731
+    chains = {key(row): row["faster"] for row in found["targets"]["chains"]}
+    compiled = {key(row): row["compiled_us"] / row["us"] for row in (found["compiled"] or {"rows": []})["rows"]}
+    rows = []
+    for row in found["targets"]["rows"]:
+        target = TARGETS.get(key(row)[:3], {}).get(row["m"])
+        if target is None:
+            continue
+        ratio = min(row["faster"], compiled.get(key(row), row["faster"]))
+        rows.append({"sizes": f"{row['k']} -> {row['n']}, {row['r']}", "m": row["m"], "ran": row["ran"].split()[0], "us": row["us"],
+                     "target_us": target[0], "ratio": ratio, "target_ratio": target[1], "chain": chains[key(row)],
+                     "of_floor": row["of_floor"], "failed_gates": row["failed_gates"],
+                     "met": row["us"] <= target[0] and ratio >= target[1] and not row["failed_gates"]})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["needs", "sanitizers", "report"])
+    parser.add_argument("folders", nargs="*", type=Path)
+    options = parser.parse_args()
+    if options.verb == "needs":
+        found = missing()
+        print("missing: " + ", ".join(found) if found else "all that a build needs is here")
+        return 1 if found else 0
+    if options.verb == "sanitizers":
+        return 0 if all(row["passed"] for row in sanitizer_rows(*options.folders)) else 1
+    print(table(report(*options.folders)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
