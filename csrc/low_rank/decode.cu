@@ -36,8 +36,8 @@ struct DecodeConfig {
   static constexpr int kTokenTiles = kTileCount;  // m <= 8 or m <= 16
   static constexpr int kTokens = kTokenTiles * kTokenTile;
   static constexpr int kThreads = kDecodeThreads;
-  static constexpr int kBatch = 4;      // steps whose weights are asked for together: 8 loads a lane, and 8 more ahead
-  static constexpr int kTogether = 2;   // fours of h that a thread sums at a time
+  static constexpr int kBatch = 4;     // steps whose weights are asked for together: 8 loads a lane, and 8 more ahead
+  static constexpr int kTogether = 2;  // fours of h that a thread sums at a time, 4 splits of each: 8 loads on their way
   static constexpr int kSplitsAtOnce = 4;
   static_assert(kTileCount == 1 || kTileCount == 2, "d of more tokens would not stay in registers");
   static_assert(slot_floats(kTileCount) * 4 % 16 == 0, "what follows the sums is 16-byte aligned");

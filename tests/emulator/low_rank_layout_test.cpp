@@ -183,10 +183,14 @@ void plans_keep_their_limits(uint64_t) {
       }
     }
   }
-  for (int64_t m : {int64_t{0}, int64_t{17}, int64_t{1} << 40}) check::that(plan_decode(m, 8, 8, 8, 132, 232448, false).token_tiles == 0, "m", m);
-  for (int64_t n : {int64_t{0}, kDecodeMaxColumns + 1}) check::that(plan_decode(1, n, 8, 8, 132, 232448, false).token_tiles == 0, "n", n);
-  for (int64_t k : {int64_t{0}, int64_t{4}, int64_t{12}, kDecodeMaxDepth + 8}) check::that(plan_decode(1, 8, k, 8, 132, 232448, false).token_tiles == 0, "k", k);
-  for (int64_t r : {int64_t{0}, int64_t{4}, int64_t{12}, kDecodeMaxRank + 8}) check::that(plan_decode(1, 8, 8, r, 132, 232448, false).token_tiles == 0, "r", r);
+  const auto is_covered = [](int64_t m, int64_t n, int64_t k, int64_t r) {
+    return plan_decode(m, n, k, r, 132, 232448, false).token_tiles > 0;
+  };
+  check::that(is_covered(1, 1, 8, 8) && is_covered(16, kDecodeMaxColumns / 16, kDecodeMaxDepth, 512), "the ends of the range");
+  for (int64_t m : {int64_t{0}, int64_t{17}, int64_t{1} << 40}) check::that(!is_covered(m, 8, 8, 8), "m", m);
+  for (int64_t n : {int64_t{0}, kDecodeMaxColumns + 1}) check::that(!is_covered(1, n, 8, 8), "n", n);
+  for (int64_t k : {int64_t{0}, int64_t{4}, int64_t{12}, kDecodeMaxDepth + 8}) check::that(!is_covered(1, 8, k, 8), "k", k);
+  for (int64_t r : {int64_t{0}, int64_t{4}, int64_t{12}, kDecodeMaxRank + 8}) check::that(!is_covered(1, 8, 8, r), "r", r);
 }
 
 }  // namespace
