@@ -1,6 +1,6 @@
 """What bench/gpu.sh has found so far, as one JSON file and a table; and what it needs before it can start.
 
-    python bench/gpu_report.py needs | sanitizers WORK | report WORK OUT"""
+    python bench/gpu_report.py needs | installed WORK | sanitizers WORK | report WORK OUT"""
 import argparse
 import csv
 import importlib.util
@@ -44,6 +44,19 @@ def lacks(name: str, least: str) -> str:
 
 def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def installed(work: Path) -> int:
+    """1 where Python finds another lowfat before the one in work/site, or that one has no kernels for a GPU."""
+    import lowfat
+
+    here = Path(lowfat.__file__).resolve().is_relative_to(work.resolve())
+    has_kernels = lowfat.kernels().get("low_rank", {}).get("cuda")
+    if not here:
+        print(f"another lowfat comes first: {lowfat.__file__}; uninstall it")
+    elif not has_kernels:
+        print("the lowfat that was built has no CUDA kernels")
+    return 0 if here and has_kernels else 1
 
 
 def sanitizer_rows(work: Path) -> list[dict]:
@@ -139,13 +152,15 @@ def target_rows(found: dict) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["needs", "sanitizers", "report"])
+    parser.add_argument("verb", choices=["needs", "installed", "sanitizers", "report"])
     parser.add_argument("folders", nargs="*", type=Path)
     options = parser.parse_args()
     if options.verb == "needs":
         found = missing()
         print("missing: " + ", ".join(found) if found else "all that a build needs is here")
         return 1 if found else 0
+    if options.verb == "installed":
+        return installed(*options.folders)
     if options.verb == "sanitizers":
         return 0 if all(row["passed"] for row in sanitizer_rows(*options.folders)) else 1
     print(table(report(*options.folders)))

@@ -25,8 +25,9 @@ def pool_for(dtype: torch.dtype, scale: float, device: torch.device, count: int)
     return Pool(dtype, scale, max(4 * l2_bytes(device), count * dtype.itemsize), device)
 
 
-def record(candidate: Candidate, pool: Pool, calls: int) -> Recorded:
-    """Calls on weights of their own in one graph. Outputs are held, so that no two calls share a buffer."""
+def record(candidate: Candidate, pool: Pool, calls: int, memory) -> Recorded:
+    """Calls on weights of their own in one graph. Outputs are held, so that no two calls share a buffer, also where several
+    graphs take theirs from one `memory` (torch.cuda.graph_pool_handle())."""
     every = [candidate.operands(pool.next(candidate.count)) for _ in range(calls)]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -35,7 +36,7 @@ def record(candidate: Candidate, pool: Pool, calls: int) -> Recorded:
             candidate.call(*operands)
     torch.cuda.current_stream().wait_stream(aside)
     graph, results = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=memory):
         for operands in every:
             results.append((operands, candidate.call(*operands)))
     return Recorded(graph, results)
@@ -48,10 +49,10 @@ def paired(candidates: dict[str, Candidate], pool: Pool, *, repeats: int, calls:
     As many graphs go around as have read twice the L2 cache before a weight comes again. Every output is NaN before a
     replay, so that what is judged was written by the replay that was timed."""
     cache = l2_bytes(pool.values.device)
-    recorded = {}
+    recorded, memory = {}, torch.cuda.graph_pool_handle()
     for name, candidate in candidates.items():
         graphs = ceil(2 * cache / (calls * candidate.count * pool.values.element_size()))
-        recorded[name] = [record(candidate, pool, calls) for _ in range(graphs)]
+        recorded[name] = [record(candidate, pool, calls, memory) for _ in range(graphs)]
     us, last = {name: [] for name in candidates}, {}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for i in range(-warmup, repeats):
