@@ -23,8 +23,9 @@ constexpr int kTokens[] = {1, 4, 8, 16};
 struct Shape {
   int k, n, r;
 };
-constexpr Shape kShapes[] = {{4096, 4096, 512},   {4096, 4096, 1024}, {4096, 1024, 408}, {4096, 14336, 1024}, {14336, 4096, 1024},
-                             {4096, 14336, 1592}, {768, 768, 192},    {768, 3072, 192},  {3072, 768, 192},    {384, 384, 96}};
+constexpr Shape kShapes[] = {{4096, 4096, 512},    {4096, 4096, 1024},  {4096, 1024, 408}, {4096, 14336, 1024},
+                             {14336, 4096, 1024}, {4096, 14336, 1592}, {768, 768, 192},   {768, 3072, 192},
+                             {3072, 768, 192},    {384, 384, 96}};
 
 void check(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return;
@@ -77,10 +78,15 @@ size_t weights_at(const Memory& memory, const Shape& s, int graph, int call) {
   return (static_cast<size_t>(graph) * kCalls + call) % slots * count;
 }
 
+DecodePlan plan_for(const Shape& s, int m, const cudaDeviceProp& gpu, bool is_two_launches) {
+  const int smem_limit = static_cast<int>(gpu.sharedMemPerBlockOptin);
+  return plan_decode(m, s.n, s.k, s.r, gpu.multiProcessorCount, smem_limit, is_two_launches);
+}
+
 Graphs record(const Memory& memory, const Shape& s, int m, int graphs, bool is_two_launches, const cudaDeviceProp& gpu,
               cudaStream_t stream) {
   Graphs recorded;
-  recorded.plan = plan_decode(m, s.n, s.k, s.r, gpu.multiProcessorCount, static_cast<int>(gpu.sharedMemPerBlockOptin), is_two_launches);
+  recorded.plan = plan_for(s, m, gpu, is_two_launches);
   if (recorded.plan.token_tiles == 0) return recorded;
   for (int graph = 0; graph < graphs; ++graph) {
     cudaGraph_t captured;
@@ -143,7 +149,8 @@ int wrong_elements(const Memory& memory, const Shape& s, int m, const std::vecto
   for (int token : {0, m - 1}) {
     std::vector<double> h(s.r);
     for (int row = 0; row < s.r; ++row) {
-      for (int i = 0; i < s.k; ++i) h[row] += value_of(x[static_cast<size_t>(token) * s.k + i]) * value_of(v[static_cast<size_t>(row) * s.k + i]);
+      const uint16_t *of_token = &x[static_cast<size_t>(token) * s.k], *of_row = v + static_cast<size_t>(row) * s.k;
+      for (int i = 0; i < s.k; ++i) h[row] += value_of(of_token[i]) * value_of(of_row[i]);
     }
     for (int column = 0; column < s.n; column += 7) {
       double sum = 0, spread = 0;
@@ -191,7 +198,8 @@ Race race(const Memory& memory, const Shape& s, int m, int repeats, const cudaDe
     if (i < 0) continue;
     one_us.push_back(us[0]), two_us.push_back(us[1]), ratios.push_back(us[1] / us[0]);
   }
-  found = {part_of(one_us, 0.5), part_of(two_us, 0.5), part_of(ratios, 0.25), part_of(ratios, 0.5), part_of(ratios, 0.75), 0, true};
+  found.one_us = part_of(one_us, 0.5), found.two_us = part_of(two_us, 0.5), found.is_same = true;
+  found.low = part_of(ratios, 0.25), found.middle = part_of(ratios, 0.5), found.high = part_of(ratios, 0.75);
 
   const size_t count = static_cast<size_t>(kCalls) * m * s.n;
   for (int graph = 0; graph < graphs; ++graph) {
@@ -215,8 +223,8 @@ Memory allocate_all(const cudaDeviceProp& gpu) {
     const double graphs = std::max(2., std::ceil(4. * gpu.l2CacheSize / (2. * weights * kCalls)));
     most_weights = std::max(most_weights, weights);
     most_y = std::max(most_y, static_cast<size_t>(graphs) * kCalls * kMostTokens * s.n);
-    const DecodePlan plan = plan_decode(kMostTokens, s.n, s.k, s.r, gpu.multiProcessorCount, static_cast<int>(gpu.sharedMemPerBlockOptin), false);
-    most_partials = std::max(most_partials, static_cast<size_t>(plan.splits) * kMostTokens * s.r);
+    const size_t splits = plan_for(s, kMostTokens, gpu, false).splits;
+    most_partials = std::max(most_partials, splits * kMostTokens * s.r);
   }
   memory.pool_count = std::max(most_weights * kCalls, size_t{4} * gpu.l2CacheSize), memory.y_count = most_y;
   memory.pool = allocate<uint16_t>(memory.pool_count);
@@ -265,8 +273,8 @@ int race_all(const char* path, const cudaDeviceProp& gpu) {
       bad += !is_good;
       logs += std::log(found.middle);
       fprintf(file,
-              "%s\n{\"k\": %d, \"n\": %d, \"r\": %d, \"m\": %d, \"one_launch_us\": %.3f, \"two_launches_us\": %.3f, \"two_over_one\": %.4f, "
-              "\"low\": %.4f, \"high\": %.4f, \"same_bits\": %s, \"wrong_elements\": %d}",
+              "%s\n{\"k\": %d, \"n\": %d, \"r\": %d, \"m\": %d, \"one_launch_us\": %.3f, \"two_launches_us\": %.3f, "
+              "\"two_over_one\": %.4f, \"low\": %.4f, \"high\": %.4f, \"same_bits\": %s, \"wrong_elements\": %d}",
               rows++ ? "," : "", s.k, s.n, s.r, m, found.one_us, found.two_us, found.middle, found.low, found.high,
               found.is_same ? "true" : "false", found.wrong);
       char name[32];

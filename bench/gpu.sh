@@ -77,7 +77,10 @@ sanitized() {
 
 sanitizers() {
   : > "$work/sanitizers.csv"
-  sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || { echo "not run: no compute-sanitizer"; return 0; }
+  if ! sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer); then
+    echo "not run: no compute-sanitizer"
+    return 0
+  fi
   nvcc -std=c++17 "$gencode" bench/planted_faults.cu -o "$work/planted_faults" && variants || return 1
   sanitized memcheck "planted write past the end" "$work/planted_faults" out-of-bounds
   sanitized racecheck "planted race" "$work/planted_faults" race

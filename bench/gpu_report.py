@@ -29,8 +29,8 @@ def missing() -> list[str]:
     """What a build without a network and the tests need and this machine lacks."""
     project = re.findall(r'"([a-z][\w.-]*)(?:>=([\d.]+))?[^"]*"', "".join(
         re.findall(r"^(?:requires|dependencies) = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)))
-    found = [one for one in (lacks(name, least) for name, least in [*project, *((name, "") for name in TO_TEST)]) if one]
-    return found + [name for name in PROGRAMS if not shutil.which(name) and not importlib.util.find_spec(name)]
+    found = [lacks(name, least) for name, least in [*project, *((name, "") for name in TO_TEST)]]
+    return [one for one in found if one] + [name for name in PROGRAMS if not shutil.which(name) and not importlib.util.find_spec(name)]
 
 
 def lacks(name: str, least: str) -> str:
@@ -118,11 +118,12 @@ def table(found: dict) -> str:
              for row in found["sanitizers"]]
     rows = target_rows(found)
     if rows:
-        text += ["", f"{'k -> n, rank':22}{'m':>5}  {'ran':9}{'us':>8}{'target':>8}{'ratio':>8}{'target':>8}{'chain':>8}{'floor':>7}"]
+        text += ["", f"{'k -> n, rank':22}{'m':>5}  {'ran':9}" + "".join(
+            f"{title:>8}" for title in ("us", "target", "ratio", "target", "chain", "floor"))]
         for row in rows:
-            text.append(f"{row['sizes']:22}{row['m']:>5}  {row['ran']:9}{row['us']:8.2f}{row['target_us']:8.1f}{row['ratio']:8.2f}"
-                        f"{row['target_ratio']:8.2f}{row['chain']:8.2f}{row['of_floor']:7.0%}"
-                        f"{'' if row['met'] else '  MISSED'}{'  FAIL ' + ' '.join(row['failed_gates']) if row['failed_gates'] else ''}")
+            said = "" if row["met"] else " ".join(["  MISSED", *row["failed_gates"]])
+            text.append(f"{row['sizes']:22}{row['m']:>5}  {row['ran']:9}{row['us']:8.2f}{row['target_us']:8.1f}"
+                        f"{row['ratio']:8.2f}{row['target_ratio']:8.2f}{row['chain']:8.2f}{row['of_floor']:8.0%}{said}")
     if variants := found["variants"]:
         faster = sum(row["two_over_one"] < 1 for row in variants)
         bad = [row for row in variants if not row["same_bits"] or row["wrong_elements"]]
@@ -143,8 +144,8 @@ def target_rows(found: dict) -> list[dict]:
         if target is None:
             continue
         ratio = min(row["faster"], compiled.get(key(row), row["faster"]))
-        rows.append({"sizes": f"{row['k']} -> {row['n']}, {row['r']}", "m": row["m"], "ran": row["ran"].split()[0], "us": row["us"],
-                     "target_us": target[0], "ratio": ratio, "target_ratio": target[1], "chain": chains[key(row)],
+        rows.append({"sizes": f"{row['k']} -> {row['n']}, {row['r']}", "m": row["m"], "ran": row["ran"].split()[0],
+                     "us": row["us"], "target_us": target[0], "ratio": ratio, "target_ratio": target[1], "chain": chains[key(row)],
                      "of_floor": row["of_floor"], "failed_gates": row["failed_gates"],
                      "met": row["us"] <= target[0] and ratio >= target[1] and not row["failed_gates"]})
     return rows

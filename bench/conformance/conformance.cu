@@ -223,7 +223,8 @@ void boxes(Words& out) {
   using Config = Box<16, kBoxColumns * kElementBytes>;
   constexpr int kCorners[][2] = {{0, 0}, {8, 8}, {-3, -8}, {30, 64}, {36, 70}, {-16, 0}, {40, 0}, {0, 72}, {-100, -100}};
   for (const auto& corner : kCorners) {
-    Array<uint32_t> matrix("matrix", counted(kRows * kStride * kElementBytes / 4)), written("written", kRows * kStride * kElementBytes / 4);
+    constexpr size_t kWords = kRows * kStride * kElementBytes / 4;
+    Array<uint32_t> matrix("matrix", counted(kWords)), written("written", kWords);
     Array<uint32_t> tile("tile", counted(Config::kBytes / 4, 40503u)), loaded("loaded", Config::kBytes / 4);
     Params p;
     p.row = corner[0], p.column = corner[1], p.a = tile.data(), p.out = loaded.data();

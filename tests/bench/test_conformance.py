@@ -52,7 +52,8 @@ def test_every_case_says_something(emulated):
 @needs_host
 def test_every_kernel_and_instruction_has_a_case(emulated):
     """Kills a primitive that was added without one: primitives.cu has a kernel for each, and each is launched here."""
-    kernels = re.findall(r"__global__ void __launch_bounds__\(\d+\) (\w+)\(", (ROOT / "tests/emulator/primitives.cu").read_text())
+    source = (ROOT / "tests" / "emulator" / "primitives.cu").read_text()
+    kernels = re.findall(r"__global__ void __launch_bounds__\(\d+\) (\w+)\(", source)
     launched = set(re.findall(r"\b(?:start\((\w+)<)", SOURCE.read_text()))
     assert len(kernels) > 10 and set(kernels) <= launched, set(kernels) - launched
 
@@ -96,6 +97,6 @@ def test_the_command_fails_where_a_bit_differs(emulated, tmp_path):
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("arch", ["80", "90a"])
 def test_nvcc_compiles_it(arch, tmp_path):
-    built = subprocess.run(["nvcc", "-std=c++17", "-O1", *INCLUDES, f"-gencode=arch=compute_{arch},code=sm_{arch}", str(SOURCE), "-o",
-                            str(tmp_path / "conformance")], capture_output=True, text=True)
+    built = subprocess.run(["nvcc", "-std=c++17", "-O1", *INCLUDES, f"-gencode=arch=compute_{arch},code=sm_{arch}",
+                            str(SOURCE), "-o", str(tmp_path / "conformance")], capture_output=True, text=True)
     assert built.returncode == 0 and "warning" not in built.stderr, built.stderr

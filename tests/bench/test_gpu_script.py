@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: it says so and fails. With programs that pretend, its phases: what resumes, what stops, what fails."""
+"""bench/gpu.sh without a GPU says so and fails; with programs that pretend to be a GPU's, its phases resume, stop and fail."""
 import importlib.util
 import json
 import os
@@ -23,16 +23,17 @@ case "$*" in
   *gpu_report.py\\ installed*) ;;
   *gpu_report.py*|*compare.py*) exec {python} "$@" ;;
   *-m\\ pip*) echo "pip $LOWFAT_CUDA_ARCHS" >> "$FAKE/log" ;;
-  *-m\\ pytest*) echo tests >> "$FAKE/log"; for last; do :; done; cp "$FAKE/tests.xml" "${{last#*=}}"; exit "$(cat "$FAKE/tests")" ;;
+  *-m\\ pytest*) echo tests >> "$FAKE/log"; last=${*: -1}; cp "$FAKE/tests.xml" "${last#*=}"; exit "$(cat "$FAKE/tests")" ;;
   *\\ doctor) ;;
-  *\\ bench\\ low_rank*) echo bench >> "$FAKE/log"; for last; do :; done; cp "$FAKE/race.json" "$last.json"; touch "$last.png" ;;
+  *\\ bench\\ low_rank*) echo bench >> "$FAKE/log"; cp "$FAKE/race.json" "${@: -1}.json"; touch "${@: -1}.png" ;;
 esac
 """
-# compilers: make programs that write one case, or rows, to the file they are given
+# compilers make programs that write one case, or the variants' rows, to the file they are given
 COMPILER = """#!/usr/bin/env bash
 while [ "$1" != -o ]; do shift; done
-printf '#!/usr/bin/env bash\\ncp "$FAKE/%s" "$1"\\n' {made} > "$2"
-[ "${{2##*/}}" = decode_variants ] && printf '#!/usr/bin/env bash\\ncp "$FAKE/variants.json" "$1"\\n' > "$2"
+made=words
+[ "${2##*/}" = decode_variants ] && made=variants.json
+printf '#!/usr/bin/env bash\\ncp "$FAKE/%s" "$1"\\n' $made > "$2"
 chmod +x "$2"
 """
 ROW = {"model": "", "layer": "", "k": 4096, "n": 4096, "r": 512, "m": 1, "dtype": "bfloat16", "ran": "kernel (one launch)",
@@ -48,8 +49,7 @@ def pretended(tmp_path):
     fake, path = tmp_path / "fake", tmp_path / "bin"
     fake.mkdir()
     path.mkdir()
-    made = {"python": PYTHON.format(python=sys.executable), "nvcc": COMPILER.format(made="words"), "g++": COMPILER.format(made="words")}
-    for name, text in made.items():
+    for name, text in {"python": PYTHON.replace("{python}", sys.executable), "nvcc": COMPILER, "g++": COMPILER}.items():
         (path / name).write_text(text)
         (path / name).chmod(0o755)
     (fake / "words").write_bytes(b"".join([(4).to_bytes(4, "little"), b"case", (1).to_bytes(4, "little"), b"bits"]))
@@ -62,7 +62,8 @@ def pretended(tmp_path):
         environment = {**os.environ, "PATH": f"{path}:/usr/bin:/bin", "PYTHON": str(path / "python"), "FAKE": str(fake),
                        "LOWFAT_WORK": str(tmp_path / "work"), "CXX": "g++"}
         (fake / "log").write_text("")
-        return subprocess.run(["bash", str(SCRIPT), str(tmp_path / "out"), *arguments], env=environment, capture_output=True, text=True)
+        command = ["bash", str(SCRIPT), str(tmp_path / "out"), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return run, fake
 

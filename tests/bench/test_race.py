@@ -1,5 +1,7 @@
 """`lowfat bench`: each row says what ran and how it was judged; wrong results and wrong options do not pass."""
 import json
+import math
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lowfat.bench import graphs, race, timing
 from lowfat.bench.shapes import MODELS, Layer, layers
 from lowfat.cli import app
 from lowfat.errors import ArgumentError
+from lowfat.show import show_bench
 
 CPU = torch.device("cpu")
 
@@ -140,6 +143,92 @@ def test_floor_of_a_gpu():
     assert bench.floor(layer, 1, 2, limits) == pytest.approx(1.95, abs=0.01)
     assert bench.floor(layer, 256, 2, limits) == pytest.approx(2.9, abs=0.05)
     assert bench.floor(layer, 1024, 2, limits) == pytest.approx(10.9, abs=0.05)
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        self.at = None
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+class FakeGraph:
+    """Calls again at each replay, and writes into the buffers of the first time, as a graph does."""
+    last_replay = None  # the last one that does so
+
+    def __init__(self, candidate, every):
+        self.calls = [(operands, candidate.call(*operands)) for operands in every]
+        self.candidate, self.replays = candidate, 0
+
+    def replay(self):
+        self.replays += 1
+        if self.last_replay is not None and self.replays > self.last_replay:
+            return
+        for operands, y in self.calls:
+            for buffer, value in zip(timing.outputs_of(y), timing.outputs_of(self.candidate.call(*operands)), strict=True):
+                buffer.copy_(value)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Lets the GPU's harness run on the CPU; gives the graphs that it makes."""
+    every = []
+
+    def record(candidate, pool, calls, memory):
+        every.append(FakeGraph(candidate, [candidate.operands(pool.next(candidate.count)) for _ in range(calls)]))
+        return graphs.Recorded(every[-1], every[-1].calls)
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "l2_bytes", lambda device: 1 << 18)
+    for name, stand_in in (("Event", FakeEvent), ("_sleep", lambda cycles: None), ("graph_pool_handle", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return every
+
+
+def test_weights_go_around_past_the_cache(made):
+    peers = bench.candidates(torch.randn(2, 64), 96, 16)
+    timed = graphs.paired(peers, timing.Pool(torch.float32, 0.1, 4 << 20), repeats=9)
+    ours = [graph for graph in made if graph.candidate is peers["low_rank"]]
+    assert len(ours) == math.ceil(2 * 2**18 / (32 * 16 * (64 + 96) * 4)) == 2
+    assert [graph.replays for graph in ours] == [6, 6]
+    starts = [v.data_ptr() for graph in ours for (v, _), _ in graph.calls]
+    assert len(set(starts)) == 64
+    assert all(len(one.us) == 9 and len(one.results) == 4 for one in timed.values())
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_a_graph_that_stops_writing_is_caught(is_dead, made, monkeypatch):
+    """Kills outputs that are not poisoned before every replay: the buffers were right once."""
+    x = torch.randn(2, 64)
+    peers = bench.candidates(x, 96, 16)
+    monkeypatch.setattr(FakeGraph, "last_replay", 3 if is_dead else None)
+    timed = graphs.paired(peers, timing.Pool(torch.float32, 0.1, 4 << 20), repeats=9)
+    assert ("G3" in bench.judged(x, timed["low_rank"].results)) == is_dead
+
+
+def test_a_chain_on_a_gpus_harness(made):
+    pool, layer = timing.Pool(torch.bfloat16, 0.1, 8 << 20), Layer("", "", 96, 160, 32)
+    row = bench.measure_chain(pool, layer, 2, {"bytes_per_s": 4.3e12, "flops_per_s": 790e12})
+    assert row["failed_gates"] == [] and row["layers"] == 32 and 0 < row["of_floor"] < 1
+
+
+def test_a_row_and_its_table_on_a_gpus_harness(made, capsys):
+    limits, pool = {"bytes_per_s": 4.3e12, "flops_per_s": 790e12}, timing.Pool(torch.bfloat16, 0.1, 8 << 20)
+    layer = Layer("tiny", "", 96, 160, 32)
+    rows, chains = [bench.measure(pool, layer, 2, 0, limits=limits)], [bench.measure_chain(pool, layer, 2, limits)]
+    assert rows[0]["failed_gates"] == [] and rows[0]["repeats"] == 101
+    assert rows[0]["floor_us"] == pytest.approx(2 * (32 + 2) * (96 + 160) / 4.3e6)
+    about = {"op": "low_rank", **timing.header(1), "gpu": "a GPU"}
+    show_bench({"header": about, "ceilings": limits, "rows": rows, "chains": chains})
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("a GPU", "4.30 TB/s", "chain of 32", "96 -> 160, 32")), shown
 
 
 # ------------------------------------------------------------------------------------------------ GPU
