@@ -93,6 +93,20 @@ def test_the_command_fails_where_a_bit_differs(emulated, tmp_path):
     assert command(tmp_path / "none").returncode == 1  # nothing ran: not a pass
 
 
+@needs_host
+def test_after_a_crash_the_next_case_goes_on(emulated, tmp_path):
+    """As gpu.sh starts it again: the case that crashed is there without words, so that it fails, and the others are whole."""
+    compare, found = load("compare"), tmp_path / "words"
+    names = list(compare.read(emulated))
+    subprocess.run([str(emulated.parent / "conformance"), str(found), "0"], check=True, capture_output=True)
+    whole = found.read_bytes()
+    at = whole.index(names[7].encode()) - 4
+    found.write_bytes(whole[:at])  # case 7 crashed
+    subprocess.run([str(emulated.parent / "conformance"), str(found), "8"], check=True, capture_output=True)
+    rows = {row["case"]: row["passed"] for row in compare.compare(compare.read(found), compare.read(emulated))}
+    assert rows == {name: name != names[7] for name in names}
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("arch", ["80", "90a"])

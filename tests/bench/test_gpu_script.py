@@ -121,6 +121,19 @@ def test_a_failed_phase_fails_the_run_and_comes_again(pretended, tmp_path):
 
 
 @needs_bash
+def test_a_conformance_case_that_crashes_does_not_hide_the_others(pretended, tmp_path):
+    run, fake = pretended
+    (fake / "words").write_text("")
+    (fake.parent / "bin" / "nvcc").write_text("""#!/usr/bin/env bash
+while [ "$1" != -o ]; do shift; done
+printf '#!/usr/bin/env bash\\necho "$2" >> "$FAKE/log"; echo "case $(($2 + 4)) x" >&2; [ "$2" -ge 10 ]\\n' > "$2"
+chmod +x "$2"
+""")
+    assert run("--phase", "1").returncode == 1  # nothing to compare
+    assert (fake / "log").read_text() == "needs\npip 90a-real\n0\n5\n10\n"
+
+
+@needs_bash
 def test_after_a_failed_build_nothing_runs(pretended, tmp_path):
     run, fake = pretended
     (fake.parent / "bin" / "nvcc").write_text("#!/usr/bin/env bash\nexit 1\n")

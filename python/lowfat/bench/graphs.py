@@ -1,4 +1,5 @@
 """The same race as timing.paired on a GPU: calls inside CUDA graphs, as a server runs them."""
+import subprocess
 from math import ceil
 from typing import NamedTuple
 
@@ -70,15 +71,26 @@ def paired(candidates: dict[str, Candidate], pool: Pool, *, repeats: int, calls:
     return {name: Timed(us[name], one.results[::ceil(calls / kept)]) for name, one in last.items()}
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this GPU reaches: bytes/s of a copy, read and written, and FLOP/s of a bf16 product. Both on random data."""
+def ceilings(device: torch.device) -> dict:
+    """What this GPU reaches: bytes/s of a copy, read and written, and FLOP/s of a bf16 product. Both on random data; then its
+    clocks, found and not set."""
     free, _ = torch.cuda.mem_get_info(device)
     source = torch.randint(-2**31, 2**31 - 1, (min(2 << 30, free // 4) // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     copy_us = median_us(lambda: target.copy_(source))
     a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
     product_us = median_us(lambda: torch.mm(a, b))
-    return {"bytes_per_s": 2e6 * source.nbytes / copy_us, "flops_per_s": 2e6 * 8192**3 / product_us}
+    return {"bytes_per_s": 2e6 * source.nbytes / copy_us, "flops_per_s": 2e6 * 8192**3 / product_us, "clocks": clocks()}
+
+
+def clocks() -> str | None:
+    """Of the multiprocessors and the memory now, as the driver's tool says it; None without the tool."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def median_us(call, repeats: int = 20) -> float:
