@@ -1,5 +1,5 @@
-// Who does what in the backward kernels of low_rank, and where it lies: pure functions of the sizes, for kernels, the host and
-// tests.
+// Who does what in the backward kernels of low_rank, and where it lies: pure functions of the sizes, for kernels, the host
+// and tests.
 //
 // Every gradient but the bias's is a product c [rows, columns] of two matrices over a contraction `depth`; it is cut into
 // square tiles, and the contraction of a tile into splits. A block has one tile and one split.
@@ -27,7 +27,7 @@ LOWFAT_CONSTEXPR int tile_piece(int row_pieces, int row, int piece) {
   return row * row_pieces + (row_pieces == 4 ? piece ^ row / 2 % 4 : piece ^ row % 8);
 }
 
-// Which row of an operand that lies [depth, 16] a lane names for ldmatrix_transposed, to get mma_a of its transpose [16, depth].
+// Which row of an operand that lies [depth, 16] a lane names for ldmatrix_transposed, to get mma_a of its transpose.
 LOWFAT_CONSTEXPR device::Position transposed_a_row(int lane) { return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8}; }
 
 // Elements from row to row of a tile of c on its way out: a row 16 bytes further than a multiple of 128, so that the lanes
@@ -99,7 +99,8 @@ LOWFAT_CONSTEXPR int64_t partials_of(const BackwardPlan& plan, int64_t m, int64_
 }
 
 // What the kernels can do; whether they should is another question (choose_backward).
-LOWFAT_CONSTEXPR BackwardPlan plan_backward(int64_t m, int64_t n, int64_t k, int64_t r, int needs, bool is_added, int sm_count) {
+LOWFAT_CONSTEXPR BackwardPlan plan_backward(int64_t m, int64_t n, int64_t k, int64_t r, int needs, bool is_added,
+                                            int sm_count) {
   BackwardPlan plan;
   const int64_t most = 1 << 24;
   if (m < 1 || n < 8 || k < 8 || r < 8 || m > most || n > most || k > most || r > most || sm_count < 1) return plan;

@@ -32,11 +32,17 @@ class Expected:
 # nothing to registers before it waits (ptxas would put such loads behind ACQBULK). The one fence is the release of the grid's
 # barrier. The narrow load is the bias, at any address.
 DECODE = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
+# low_rank/backward.cu. In front of the first barrier three stages are asked for, two pieces of each operand; two blocks of the
+# large tile share a multiprocessor, three of the small one. Sums over splits have four loads on their way.
+BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", copies_before_barrier=12)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, **DECODE),
     Expected("low_rank/decode.cu", r"low_rank::decode_first<", registers=128, weight_loads=40, before_barrier=40, **DECODE),
     Expected("low_rank/decode.cu", r"low_rank::decode_second<", registers=128, weight_loads=32, copies_before_barrier=10, **DECODE),
+    Expected("low_rank/backward.cu", r"low_rank::backward_products<.*128>", registers=128, **BACKWARD),
+    Expected("low_rank/backward.cu", r"low_rank::backward_products<.*64>", registers=80, **BACKWARD),
+    Expected("low_rank/backward.cu", r"low_rank::backward_sums<", registers=64, weight_loads=4),
 ]
 
 
