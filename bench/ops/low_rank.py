@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lowfat.bench.low_rank import SCALE, geometric_mean, measure
+from lowfat.bench.low_rank import SCALE, measure
 from lowfat.bench.shapes import layers
 from lowfat.bench.timing import Pool, header, markdown
 
@@ -37,6 +37,10 @@ def summary(rows: list[dict]) -> dict:
     slow = [row["faster"] for row in rows if row["pair_us"] > 20]
     found["times two F.linear where those take over 20 us, least"] = {"found": min(slow, default=math.nan), "at_least": 0.97}
     return {name: one | {"met": one["found"] >= one["at_least"]} for name, one in found.items()}
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
 def verdict(one: dict) -> str:

@@ -16,7 +16,7 @@ from .shapes import Layer
 from .timing import Candidate, Pool, microseconds, repeats_for, times_faster
 
 SCALE = 0.02  # of random weights
-PEERS = {"pair": "two F.linear", "compiled": "the same compiled", "dense": "dense F.linear"}
+PEERS = ("pair", "compiled", "dense")
 CPU_RATES = 5e9, 100e9  # bytes and operations per second, cautious: how many repeats fit a time
 
 
@@ -47,7 +47,7 @@ def measure(pool: Pool, layer: Layer, m: int, seconds: float, *, limits: dict | 
 
 
 def candidates(x: Tensor, n: int, r: int, compiled: bool = False) -> dict[str, Candidate]:
-    """Ours and its peers, by the keys of PEERS."""
+    """Ours and its PEERS."""
     k, factors = x.shape[1], factors_of(x.shape[1], n, r)
     count = r * (k + n)
     found = {
@@ -167,7 +167,3 @@ def which_ran(x: Tensor, n: int, r: int, before: int) -> str:
 
 def dtype_name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan

@@ -37,7 +37,7 @@ def race(op: str, *, shapes: str, rows: str, dtype: str = "bfloat16", device: to
     steps = [(layer, m) for layer in raced for m in counts]
     for done, (layer, m) in enumerate(steps):
         on_progress(done, len(steps), f"{layer.k} -> {layer.n}, m = {m}")
-        found["rows"].append(peers.measure(pool, layer, m, seconds, limits=found["ceilings"], compiled=compiled))
+        found["rows"].append(peers.measure(pool, layer, m, seconds, limits=found["ceilings"], compiled=compiled and on_gpu))
         if on_gpu:
             found["chains"].append(peers.measure_chain(pool, layer, m, found["ceilings"]))
     return found
