@@ -346,3 +346,18 @@ def test_json_files_are_bounded(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(FormatError, match="pipe.json: not a regular file"):  # and does not wait for a writer
         read_json(tmp_path / "pipe.json")
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    # safetensors makes its files for their owner alone, and a model for everyone could be read by nobody else
+    (tmp_path / "plain").touch()
+
+    def fill(folder):
+        storage.write_tensors(folder / "a.safetensors", {"w": torch.ones(2)})
+        (folder / "b.json").write_text("{}")
+        (folder / "b.json").chmod(0o600)
+
+    storage.write_folder(tmp_path / "out", fill)
+    storage.write_tensors(tmp_path / "alone.safetensors", {"w": torch.ones(2)})
+    written = [tmp_path / "alone.safetensors", *(tmp_path / "out").iterdir()]
+    assert {path.stat().st_mode for path in written} == {(tmp_path / "plain").stat().st_mode}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -67,6 +68,7 @@ class Result:
     final_found: int = 0
     reloaded_equal: bool = False  # the checkpoint, loaded again, gives the same bits
     threads: int = 0
+    load: float = 0.0  # of the machine when the times were taken: running processes, this one's threads included
     seconds: float = 0.0
     machine: str = ""
     versions: dict[str, str | None] = field(default_factory=dict)
@@ -178,6 +180,7 @@ def run(out: str | Path, *, texts: int = 400, calibration_texts: int = 256, step
         before, after = (embed(model, tokenizer, some, max_length=MAX_LENGTH) for model in (best, reloaded))
         result.reloaded_equal = torch.equal(before, after)
         result.folder_bytes = {"dense": _folder_bytes(folder), "factorized": _folder_bytes(staged / MODEL)}
+        result.load = os.getloadavg()[0]
         result.layers = time_layers(dense, best)
         result.latency = time_models(dense, best, found)
         result.seconds = time.monotonic() - started

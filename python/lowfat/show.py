@@ -231,6 +231,9 @@ def show_demo(result, folder: Path, job) -> None:
     rows.append(("folder on disk", *(f"{size / 1e6:.1f} MB" for size in result.folder_bytes.values()), ""))
     print_table(("time", "dense", "factorized", "speed-up"), rows,
                 title=f"The last row against dense, {counted(result.threads, 'thread')}")
+    if result.load > result.threads + 1:
+        out.print(f"\nOther programs kept this machine busy (load {result.load:.1f}, this demo {counted(result.threads, 'thread')}): "
+                  "these times say little.")
     out.print(f"\nWhat was lost: the dense model finds {result.dense_found} of {result.texts} continuations first, the last "
               f"row {result.final_found}. The embedding table, most of the file, stays as it is.\n")
     out.print(f"Took {result.seconds:.0f} s. Picture: {folder / job.PICTURE}", soft_wrap=True)

@@ -43,7 +43,7 @@ def check_target(path: str | os.PathLike, overwrite: bool = False, *, size: int 
         raise ArgumentError(f"{path}: a file is in the way")
     if _filled(target):
         if not overwrite:
-            raise ArgumentError(f"{path}: exists already; overwrite replaces it")
+            raise ArgumentError(f"{path}: exists already; overwrite (--overwrite) replaces it")
         if not foreign and not (target / manifest.NAME).is_file():  # never remove what somebody else put there
             raise ArgumentError(f"{path}: exists, not written by lowfat (it has no {manifest.NAME}); take another name")
     if target.is_dir() and (os.path.ismount(target) or Path.cwd().is_relative_to(target)):
@@ -76,6 +76,7 @@ def write_folder(target: str | os.PathLike, fill: Callable[[Path], None], *, ove
             if keep is not None:
                 _carry(path, temp, keep)
             for file in files:
+                _set_mode(file)
                 _sync(file)
             stage("S3")
             _write_text(temp / manifest.NAME, manifest.describe(temp, files, facts or {}))
@@ -172,6 +173,7 @@ def _write_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
         _clean(target)
         with _temporary(target) as temp:
             write(temp / target.name)
+            _set_mode(temp / target.name)
             _sync(temp / target.name)
             os.replace(temp / target.name, target)
             os.rmdir(temp)
@@ -181,6 +183,13 @@ def _write_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
 def _write_text(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def _set_mode(path: Path) -> None:
+    """What open() would have given: safetensors makes its files for their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def _sync(path: Path) -> None:
