@@ -1,6 +1,8 @@
 // How low_rank chooses between its own kernel and the library: a pure function of the problem, with no torch in sight.
 #include "low_rank/low_rank.h"
 
+#include "low_rank/backward.h"
+
 namespace low_rank {
 namespace {
 
@@ -73,6 +75,7 @@ Described describe(const Problem& p) {
 }
 
 const RegisterOp registered({"low_rank", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
+const RegisterOp registered_backward({"low_rank_backward", {}, compiled_cuda_archs(), &describe_backward});
 
 }  // namespace
 

@@ -1,5 +1,5 @@
 // Who does what in the backward kernels of low_rank, for every size in range: each piece and each tile once, no bank twice.
-#include "low_rank/backward_layout.h"
+#include "low_rank/backward.h"
 
 #include <set>
 #include <vector>
@@ -157,6 +157,27 @@ void plans_keep_their_limits(uint64_t) {
   for (int64_t r : {0, 4, 12}) check::equal(plan_backward(64, 8, 8, r, 15, false, 132).tile, 0, "r", r);
 }
 
+// Nothing that has not been measured: see choose_backward.
+void kernels_are_chosen_where_they_are_meant(uint64_t) {
+  const auto tile = [](int64_t m, int64_t n, int64_t k, int64_t r, Dtype dtype, int arch = 90, bool is_aligned = true) {
+    return choose_backward({m, n, k, r, dtype, Device::cuda, CpuLevel::scalar, arch, 132, is_aligned}, 15).tile;
+  };
+  const Dtype bf16 = Dtype::bfloat16;
+  for (int64_t m : {0, 1, 63}) check::equal(tile(m, 4096, 4096, 128, bf16), 0, "fewer rows", m);
+  check::equal(tile(64, 4096, 4096, 128, bf16), kSmallTile, "64 rows");
+  check::equal(tile(65, 4096, 4096, 256, Dtype::float16), kLargeTile, "65 rows");
+  check::equal(tile(8192, 4096, 4096, 264, bf16), 0, "rank 264");
+  check::equal(tile(8192, 4100, 4096, 128, bf16), 0, "rows of dy that are not 16-byte aligned");
+  check::equal(tile(8192, 4096, 4096, 128, bf16, 90, false), 0, "operands that are not");
+  for (Dtype dtype : {Dtype::float32, Dtype::float64}) check::equal(tile(8192, 4096, 4096, 128, dtype), 0, "dtypes");
+  for (int arch : {75, 100, 120}) check::equal(tile(8192, 4096, 4096, 128, bf16, arch), 0, "other GPUs", arch);
+  for (int arch : {80, 86, 89, 90}) check::equal(tile(8192, 4096, 4096, 128, bf16, arch), kLargeTile, "GPUs", arch);
+  const auto path = [](int64_t m, int64_t r) {
+    return std::get<std::string>(describe_backward({m, 4096, 4096, r, Dtype::bfloat16, Device::cuda}).front().second);
+  };
+  check::that(path(8192, 128) == "kernels" && path(8192, 512) == "library" && path(0, 128) == "empty", "in words");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -166,6 +187,7 @@ int main(int count, char** arguments) {
                      {"transposed matrices are the fragments", transposed_matrices_are_the_fragments},
                      {"each tile and split has one block", each_tile_and_split_has_one_block},
                      {"splits share the contraction", splits_share_the_contraction},
-                     {"plans keep their limits", plans_keep_their_limits}},
+                     {"plans keep their limits", plans_keep_their_limits},
+                     {"kernels are chosen where they are meant", kernels_are_chosen_where_they_are_meant}},
                     1);
 }

@@ -1,0 +1,151 @@
+// Host side of the gradients of low_rank on a GPU: checks, plan, launch, registration.   dy [..., n]  x [..., k]  h [..., r]
+#include "low_rank/backward.h"
+
+#ifdef LOWFAT_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+#include <tuple>
+
+#include "host/call_counter.h"
+#include "host/cuda_stream.h"
+#include "host/tensor.h"
+#include "low_rank/low_rank.h"
+
+namespace low_rank {
+
+namespace {
+
+CallCounter kernel_calls("low_rank_backward", "cuda", "kernels"), library_calls("low_rank_backward", "cuda", "library");
+
+constexpr int kNeedsDh = kNeedsDx | kNeedsDv;
+
+struct Sizes {
+  int64_t m, n, k, r;
+  Kind kind;  // of every tensor
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dv, du, db; empty where not wanted
+
+bool has_rows_of(const Tensor& t, const Tensor& x, int64_t last) {
+  if (t.dim() != x.dim() || t.size(t.dim() - 1) != last) return false;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    if (t.size(i) != x.size(i)) return false;
+  }
+  return true;
+}
+
+// The conditions that the reference checks with a named error.
+Sizes check(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& h, const Tensor& v, const Tensor& u) {
+  STD_TORCH_CHECK(x.dim() >= 1, "low_rank: x has no dimensions, must be [..., k]");
+  STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, "low_rank: v has ", v.dim(), " and u ", u.dim(),
+                  " dimensions, must be [r, k] and [n, r]");
+  const Sizes s{rows_of(x), u.size(0), v.size(1), v.size(0), kind_of(x)};
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == s.k, "low_rank: x has ", x.size(x.dim() - 1), " features, v has ", s.k);
+  STD_TORCH_CHECK(u.size(1) == s.r, "low_rank: u has rank ", u.size(1), ", v has rank ", s.r);
+  STD_TORCH_CHECK(has_rows_of(dy, x, s.n), "low_rank: dy must be [..., ", s.n, "] with the leading sizes of x");
+  STD_TORCH_CHECK(!h || has_rows_of(*h, x, s.r), "low_rank: h must be [..., ", s.r, "] with the leading sizes of x");
+  STD_TORCH_CHECK(kind_of(v) == s.kind && kind_of(u) == s.kind && kind_of(dy) == s.kind && (!h || kind_of(*h) == s.kind),
+                  "low_rank: dy, x, h, v and u must have one dtype (or use autocast) and be on one device");
+  STD_TORCH_CHECK(dtype_of(s.kind) != Dtype::other, "low_rank: x must be float64, float32, float16 or bfloat16");
+  return s;
+}
+
+Tensor empty(const Kind& kind, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  kind.dtype, kind.device_type, kind.device_index, &made));
+  return Tensor(made);
+}
+
+// Every tensor as rows, contiguous: the same bits for every layout of the same values.
+struct Arguments {
+  Tensor dy, x, v, u;
+  std::optional<Tensor> h;  // where du is wanted
+
+  Arguments(const Sizes& s, const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
+            const Tensor& v_any, const Tensor& u_any, int64_t needs)
+      : dy(rows(dy_any, s.m, s.n)), x(rows(x_any, s.m, s.k)), v(as_contiguous(v_any)), u(as_contiguous(u_any)) {
+    if (needs & kNeedsDu) h = h_any ? rows(*h_any, s.m, s.r) : library_linear(x, v);
+  }
+
+  static Tensor rows(const Tensor& any, int64_t count, int64_t last) {
+    const Tensor whole = as_contiguous(any);
+    return whole.dim() == 2 ? whole : torch::stable::view(whole, {count, last});
+  }
+};
+
+Tensor shaped_like(const Tensor& dx, const Tensor& x) {
+  return x.dim() == 2 ? dx : torch::stable::view(dx, x.sizes());
+}
+
+// What the reference does, by torch's own products.
+Gradients library(const Sizes& s, const Arguments& in, const Tensor& x, int64_t needs) {
+  library_calls.count();
+  const auto transposed = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };
+  const auto wanted = [&](int need, const auto& gradient) { return needs & need ? gradient() : empty(s.kind, {0}); };
+  const Tensor dh = wanted(kNeedsDh, [&] { return torch::stable::matmul(in.dy, in.u); });
+  const int64_t rows[] = {0};
+  return {wanted(kNeedsDx, [&] { return shaped_like(torch::stable::matmul(dh, in.v), x); }),
+          wanted(kNeedsDv, [&] { return torch::stable::matmul(transposed(dh), in.x); }),
+          wanted(kNeedsDu, [&] { return torch::stable::matmul(transposed(in.dy), *in.h); }),
+          wanted(kNeedsDb, [&] { return torch::stable::sum(in.dy, rows); })};
+}
+
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
+
+void check_launch(const char* error, const Gpu& gpu) {
+  if (!error) return;
+  std::string archs;
+  for (const std::string& arch : compiled_cuda_archs()) archs += " " + arch;
+  STD_TORCH_CHECK(false, "low_rank_backward: ", error, "; built for", archs, ", this device is sm_", gpu.arch);
+}
+
+Gradients low_rank_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
+                                 const Tensor& v_any, const Tensor& u_any, int64_t needs) {
+  const Sizes s = check(dy_any, x_any, h_any, v_any, u_any);
+  needs &= kNeedsDx | kNeedsDv | kNeedsDu | kNeedsDb;
+  const int device = s.kind.device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Arguments in(s, dy_any, x_any, h_any, v_any, u_any, needs);
+  const Gpu gpu = gpu_of(device);
+  const Dtype dtype = dtype_of(s.kind);
+  const bool aligned =
+      is_aligned(in.dy) && is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u) && (!in.h || is_aligned(*in.h));
+  const BackwardPlan plan = choose_backward(
+      {s.m, s.n, s.k, s.r, dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned}, static_cast<int>(needs));
+  if (plan.tile == 0 || needs == 0) return library(s, in, x_any, needs);
+
+  kernel_calls.count();
+  const auto wanted = [&](int need, std::vector<int64_t> sizes) {
+    return needs & need ? empty(s.kind, sizes) : empty(s.kind, {0});
+  };
+  Kind floats = s.kind;
+  floats.dtype = aoti_torch_dtype_float32();
+  const Tensor dh = wanted(kNeedsDh, {s.m, s.r}), partials = empty(floats, {plan.partials});
+  Tensor dx = wanted(kNeedsDx, {s.m, s.k}), dv = wanted(kNeedsDv, {s.r, s.k}), du = wanted(kNeedsDu, {s.n, s.r});
+  Tensor db = wanted(kNeedsDb, {s.n});
+  BackwardParams p{};
+  p.dy = elements(in.dy), p.x = elements(in.x), p.v = elements(in.v), p.u = elements(in.u);
+  p.h = in.h ? elements(*in.h) : nullptr;
+  p.dh = static_cast<uint16_t*>(dh.mutable_data_ptr());
+  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.dx = static_cast<uint16_t*>(dx.mutable_data_ptr());
+  p.dv = dv.mutable_data_ptr(), p.du = du.mutable_data_ptr(), p.db = db.mutable_data_ptr();
+  p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
+  p.needs = static_cast<int>(needs);
+  check_launch(launch_backward(plan, p, dtype, gpu.sm_count, current_cuda_stream(device)), gpu);
+  if (needs & kNeedsDx) dx = shaped_like(dx, x_any);
+  return {std::move(dx), std::move(dv), std::move(du), std::move(db)};
+}
+
+}  // namespace
+}  // namespace low_rank
+
+STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) { m.impl("low_rank_backward", TORCH_BOX(&low_rank::low_rank_backward_cuda)); }
+
+#endif
