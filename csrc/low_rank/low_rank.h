@@ -5,6 +5,7 @@
 
 #include "host/op_table.h"
 #include "low_rank/decode_layout.h"
+#include "low_rank/small_batch_layout.h"
 
 namespace low_rank {
 
@@ -61,6 +62,20 @@ struct DecodeParams {
 
 // Returns null, or what CUDA says is wrong. Fills in what comes from the plan.
 const char* launch_decode(const DecodePlan& plan, DecodeParams params, Dtype dtype, void* stream);
+
+// The small-batch kernels of an sm_90 (small_batch.cu); elements are bf16 or fp16, every row 16-byte aligned.
+struct SmallBatchOperands {
+  const uint16_t* x;     // [m, k]
+  const uint16_t* v;     // [r, k]
+  const uint16_t* u;     // [n, r]
+  const uint16_t* bias;  // [n] or null, at any address
+  uint16_t* h;           // [m, r], written before it is read
+  uint16_t* y;           // [m, n]
+  int m, n, k, r;
+};
+
+// Returns null, or what CUDA says is wrong.
+const char* launch_small_batch(const SmallBatchPlan& plan, const SmallBatchOperands& operands, Dtype dtype, void* stream);
 
 // What the host side asks of CUDA (gpu.cu).
 struct Gpu {

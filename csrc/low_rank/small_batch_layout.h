@@ -1,8 +1,8 @@
-// Who does what in the small-batch kernels of low_rank, and where it lies: pure functions of the sizes, for kernels, the host
-// and tests.
+// Who does what in the small-batch kernels of low_rank, and where it lies: pure functions of the sizes, for kernels, the
+// host and tests.
 //
-// Each of the two products has weights [rows, depth] and tokens [m, depth]. A work item is a tile of 64 rows times a group of
-// tokens; a slab is 64 of the depth. In the first product a cluster of blocks has one item, each of them a share of its slabs.
+// Each of the two products has weights [rows, depth] and tokens [m, depth]. A work item is a tile of 64 rows times a group
+// of tokens; a slab is 64 of the depth. In the first product a cluster of blocks has one item, each block some of the slabs.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@ LOWFAT_CONSTEXPR BatchItem batch_item(int tokens, int groups, int index) {
 
 // --- shared memory: the rings of weights and tokens, and when all is multiplied, the result in their place ---
 
-// The first product's sums, [tokens][64 rows] floats. 4 more from token to token: lanes that store 4 pairs of tokens x 8 rows
-// meet no bank twice, and 16-byte loads along the rows stay aligned.
+// The first product's sums, [tokens][64 rows] floats. 4 more from token to token: lanes that store 4 pairs of tokens x 8
+// rows meet no bank twice, and 16-byte loads along the rows stay aligned.
 constexpr int kPartialStride = kBatchRows + 4;
 LOWFAT_CONSTEXPR int partial_at(int token, int row) { return token * kPartialStride + row; }
 
@@ -125,11 +125,12 @@ LOWFAT_CONSTEXPR BatchPhase second_phase(int m, int n, int r, int sm_count, int 
   return phase;
 }
 
-// A block of each product shares a multiprocessor, so that the second's can load u while the first's still run: each has half
-// of the memory, less 1 KB that CUDA keeps for each block. smem_limit: bytes that one block alone may have.
+// A block of each product shares a multiprocessor, so that the second's can load u while the first's still run: each has
+// half of the memory, less 1 KB that CUDA keeps for each block. smem_limit: bytes that one block alone may have.
 LOWFAT_CONSTEXPR SmallBatchPlan plan_small_batch(int64_t m, int64_t n, int64_t k, int64_t r, int sm_count, int smem_limit) {
   SmallBatchPlan plan;
-  const int smem_bytes = (smem_limit + 1024) / 2 - 1024, least = 2 * (kWeightSlotBytes + token_slot_bytes(256)) + kBarrierBytes;
+  const int smem_bytes = (smem_limit + 1024) / 2 - 1024;
+  const int least = 2 * (kWeightSlotBytes + token_slot_bytes(256)) + kBarrierBytes;
   if (m < 17 || m > 256 || sm_count < 1 || smem_bytes < least) return plan;
   if (n < 8 || n > kSmallBatchMaxSize || n % 8 || k < 8 || k > kSmallBatchMaxSize || k % 8) return plan;
   if (r < 8 || r > kSmallBatchMaxSize || r % 8) return plan;

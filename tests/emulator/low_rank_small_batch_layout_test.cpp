@@ -82,7 +82,7 @@ void each_token_has_a_block(uint64_t) {
 
 void memory_is_right(const BatchPhase& phase, const BatchMemory& at, int result_bytes) {
   check::that(at.weights == 0 && at.tokens % 1024 == 0, "tiles are aligned to the swizzle's atoms");
-  check::that(kWeightSlotBytes % 1024 == 0 && token_slot_bytes(phase.tokens) % 1024 == 0, "and so are those after the first");
+  check::that(kWeightSlotBytes % 1024 == 0 && token_slot_bytes(phase.tokens) % 1024 == 0, "so are the next");
   check::that(phase.weight_slots >= 1 && phase.token_slots >= 1, "a slot of each");
   const bool is_ring = phase.weight_slots >= 2 && phase.token_slots >= 2;
   check::that(is_ring || parts_of(phase.slabs, phase.splits) == 1, "one slot loads while one is used");
@@ -112,7 +112,8 @@ void plans_keep_their_limits(uint64_t) {
           check::that(first.splits <= first.slabs && kMostSplits % first.splits == 0, "no more splits than slabs; r", r);
           check::that(second.splits == 1 && second.slabs == parts_of(r, kSlab), "slabs of r", r);
           for (const BatchPhase& phase : {first, second}) {
-            check::that(phase.groups <= 2 && (phase.groups == 1 || phase.items * phase.splits <= sm_count), "halves; r", r);
+            const bool is_filling = phase.groups == 2 && phase.items * phase.splits <= sm_count;
+            check::that(phase.groups == 1 || is_filling, "halves; r", r);
             check::that(phase.tokens * phase.groups >= m && phase.tokens < larger(33, 2 * m), "tokens; m", m);
           }
           if (r <= 512) check::that(second.weight_slots == second.slabs || m > 128, "all of u is asked for early; r", r);
@@ -128,7 +129,8 @@ void the_plan_of_a_model(uint64_t) {
   check::equal(plan.first.items * plan.first.splits, 128, "blocks of the first product");
   check::equal(plan.second.items, 128, "blocks of the second");
   check::equal(plan.second.weight_slots, 8, "all of u is asked for early");
-  check::equal(plan_small_batch(256, 14336, 4096, 1024, 132, kH200).second.tokens, 256, "weights are read once where tiles do");
+  const SmallBatchPlan wide = plan_small_batch(256, 14336, 4096, 1024, 132, kH200);
+  check::equal(wide.second.tokens, 256, "weights are read once where there are tiles enough");
 }
 
 void what_is_covered(uint64_t) {

@@ -23,6 +23,7 @@ class Expected:
     weight_loads: int = 0  # 128-bit global loads, at least
     before_barrier: int = 0  # of them in front of the first barrier: what must be in flight while blocks wait
     copies_before_barrier: int = 0  # cp.async in front of the first barrier, at least: the same, to shared memory
+    tile_loads: int = 0  # copies of tiles (TMA) to shared memory, exactly
     fences: int = 0  # MEMBAR instructions, exactly
     narrow_loads: bool = False  # loads of single elements are allowed: of operands without alignment
 
@@ -35,11 +36,20 @@ DECODE = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 # low_rank/backward.cu. In front of the first barrier three stages are asked for, two pieces of each operand; two blocks of the
 # large tile share a multiprocessor, three of the small one. Sums over splits have four loads on their way.
 BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", copies_before_barrier=12)
+# low_rank/small_batch.cu: code for an sm_90a alone. Each operand has its warp that loads it, and in the second kernel only one
+# of the two waits for h. Two blocks share a multiprocessor. Fences: those of the two barriers of a cluster (the block's and the
+# GPU's), and the one before the result is sent off. The narrow load is the bias, at any address.
+SMALL_BATCH = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x(32|64|128|256)x16\.F32", tile_loads=2)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, **DECODE),
     Expected("low_rank/decode.cu", r"low_rank::decode_first<", registers=128, weight_loads=40, before_barrier=40, **DECODE),
-    Expected("low_rank/decode.cu", r"low_rank::decode_second<", registers=128, weight_loads=32, copies_before_barrier=10, **DECODE),
+    Expected("low_rank/decode.cu", r"low_rank::decode_second<", registers=128, weight_loads=32, copies_before_barrier=10,
+             **DECODE),
+    Expected("low_rank/small_batch.cu", r"low_rank::small_batch_first<", fences=4, **SMALL_BATCH),
+    Expected("low_rank/small_batch.cu", r"low_rank::small_batch_second<", fences=1, narrow_loads=True,
+             **SMALL_BATCH),
+    Expected("low_rank/small_batch.cu", r"low_rank::small_batch_", registers=8, archs=("sm_80",)),
     Expected("low_rank/backward.cu", r"low_rank::backward_products<.*128>", registers=128, **BACKWARD),
     Expected("low_rank/backward.cu", r"low_rank::backward_products<.*64>", registers=80, **BACKWARD),
     Expected("low_rank/backward.cu", r"low_rank::backward_sums<", registers=64, weight_loads=4),
@@ -79,6 +89,8 @@ def faults(kernel: Kernel, expected: Expected) -> list[str]:
         found.append(f"{len(copies)} copies before the first barrier, expected {expected.copies_before_barrier}")
     if not expected.narrow_loads and (narrow := kernel.find(r"LDG\.E\.(U8|S8|U16|S16)")):
         found.append(f"{len(narrow)} loads of single elements")
+    if len(kernel.find("UTMALDG")) != expected.tile_loads:
+        found.append(f"{len(kernel.find('UTMALDG'))} loads of tiles, expected {expected.tile_loads}")
     if len(kernel.find(FENCE)) != expected.fences:
         found.append(f"{len(kernel.find(FENCE))} memory fences, expected {expected.fences}")
     return found
