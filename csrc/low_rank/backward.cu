@@ -17,7 +17,7 @@
 //   rows     [ tile | tile ]      split 1              its  way                 [ 4 | 5 | 6 | 7 ]
 //
 // What splits have summed lies in global memory, in floats, until the next launch adds it up in their order and rounds: the
-// same sizes and inputs give the same bits. That launch also adds to gradients that are kept in floats.
+// same call gives the same bits. That launch also adds to gradients that are kept in floats.
 //
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "low_rank/backward.h"

@@ -163,8 +163,8 @@ Gradients run(const Shape& s, const Operands& in, int needs, emulator::Options o
 
 // --- what it has to be ---
 
-// What the gradients have to be, what two plain steps in float make of them, and how far from the truth an element may be
-// (reliability: its rounding, six times the spread of the middle's, and of the sums; fp16 has a smallest number).
+// What the gradients have to be, what two plain steps in float make of them, and how far from the truth an element may be:
+// its rounding, six times the spread of the middle's, and of the sums; and the smallest number of fp16.
 struct Truth {
   Gradients exact, plain, bound;
 };
