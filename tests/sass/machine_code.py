@@ -18,6 +18,7 @@ WARNINGS = ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage"]
 class Instruction:
     opcode: str  # with its modifiers: LDG.E.128.CONSTANT
     operands: str
+    is_conditional: bool = False
 
     def __str__(self) -> str:
         return f"{self.opcode} {self.operands}"
@@ -36,6 +37,23 @@ class Kernel:
     def find(self, pattern: str) -> list[int]:
         """Positions of the instructions whose opcode matches from its start."""
         return [i for i, one in enumerate(self.instructions) if re.match(pattern, one.opcode)]
+
+    def reached_without(self, pattern: str) -> set[int]:
+        """Positions to which some way leads from the start that does not pass an instruction of this opcode."""
+        labels = {one.opcode: i for i, one in enumerate(self.instructions) if one.opcode.startswith(".L")}
+        reached, ways = set(), [0]
+        while ways:
+            i = ways.pop()
+            if i in reached or i >= len(self.instructions) or re.match(pattern, self.instructions[i].opcode):
+                continue
+            reached.add(i)
+            one = self.instructions[i]
+            is_branch, target = one.opcode.startswith("BRA"), re.search(r"`\((\S+)\)", one.operands)
+            if is_branch and target:
+                ways.append(labels[target[1]])
+            if one.is_conditional or not (is_branch or one.opcode == "EXIT"):
+                ways.append(i + 1)
+        return reached
 
 
 def nvcc() -> str | None:
@@ -80,14 +98,17 @@ def resources(report: str) -> dict[str, Kernel]:
 
 
 def disassembly(listing: str) -> dict[str, list[Instruction]]:
-    """{symbol: instructions} of what nvdisasm -c prints."""
+    """{symbol: instructions} of what nvdisasm -c prints; a label is one without operands, .L_x_1."""
     found: dict[str, list[Instruction]] = {}
     now: list[Instruction] = []
     for line in listing.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
             now = found.setdefault(section[1], [])
-        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
-            now.append(Instruction(code[1], code[2]))
+        elif label := re.match(r"\s*(\.L_\w+):", line):
+            now.append(Instruction(label[1], ""))
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
+            in_operands = code[2].startswith("BRA") and not code[3].startswith("`")  # BRA P0, `(.L_x_1)
+            now.append(Instruction(code[2], code[3], bool(code[1]) or in_operands))
     return found
 
 

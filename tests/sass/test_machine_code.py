@@ -85,6 +85,30 @@ def test_the_gate_finds(fault, changed):
     assert any(fault in words for words in faults(changed, GOOD))
 
 
+TWO_WARPS = """
+	.section	.text._Z4goodv,"ax",@progbits
+        /*0000*/              @!P0 BRA `(.L_x_1) ;
+        /*0010*/                   ACQBULK ;
+        /*0020*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0030*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0040*/                   UTMALDG.2D [UR8], [UR6] ;
+.L_x_2:
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_the_gate_finds_the_way_of_a_warp_that_does_not_wait():
+    warps = Expected("x.cu", "good", registers=128, tile_loads=2, early_tile_loads=1)
+    wait = "        /*0000*/                   ACQBULK ;\n"
+    late = TWO_WARPS.replace("        /*0000*/", wait + "        /*0000*/", 1)  # all wait
+    unasked = TWO_WARPS.replace(wait.replace("0000", "0010"), "")  # nobody does
+    found = [faults(Kernel("_Z4goodv", "good()", instructions=disassembly(listing)["_Z4goodv"]), warps)
+             for listing in (TWO_WARPS, late, unasked)]
+    assert found == [[], ["0 loads of tiles before the kernel before has ended, expected 1"],
+                     ["2 loads of tiles before the kernel before has ended, expected 1"]]
+
+
 def test_the_gate_counts_copies_in_front_of_the_barrier():
     early = kernel(change=lambda code: [Instruction("LDGSTS.E.BYPASS.128", ""), *code])
     late = kernel(change=lambda code: [*code, Instruction("LDGSTS.E.BYPASS.128", "")])
