@@ -68,7 +68,8 @@ def config(**problem):
 def test_path_for_every_m(dtype, device):
     has_kernel = dtype in {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}[device]
     for m in range(20_001):
-        due = "empty" if m == 0 else "decode" if m <= 16 and has_kernel else "library"
+        has_small_batch = has_kernel and device == "cuda" and m <= 256
+        due = "empty" if m == 0 else "decode" if m <= 16 and has_kernel else "small batch" if has_small_batch else "library"
         assert config(m=m, dtype=dtype, device=device)["path"] == due, m
 
 
@@ -83,6 +84,25 @@ def test_path_for_every_m(dtype, device):
     ({"n": 128256}, "decode"), ({"n": 128256, "arch": 89}, "library")])  # the sums of a block do not fit 99 KB
 def test_which_problems_the_gpu_kernel_covers(problem, path):
     assert config(m=16, device="cuda", **problem)["path"] == path
+
+
+@needs_library
+@pytest.mark.parametrize("problem, path", [
+    ({}, "small batch"), ({"is_aligned": False}, "library"), ({"dtype": "float16"}, "small batch"),
+    ({"k": 4100}, "library"), ({"r": 500}, "library"), ({"n": 4097}, "library"),  # rows of 16 bytes, of y too
+    ({"k": 0}, "library"), ({"r": 0}, "library"), ({"n": 0}, "library"), ({"n": (1 << 20) + 8}, "library"),
+    ({"k": 1 << 20, "n": 1 << 20, "r": 1 << 20}, "small batch"), ({"sm_count": 78}, "small batch"),
+    ({"arch": 80, "sm_count": 108}, "library"), ({"arch": 89}, "library"), ({"arch": 100}, "library")])
+@pytest.mark.parametrize("m", [17, 256])
+def test_which_problems_the_small_batch_kernels_cover(m, problem, path):
+    assert config(m=m, device="cuda", **problem)["path"] == path
+
+
+@needs_library
+def test_plan_of_small_batch_launches():
+    found = config(m=256, device="cuda")  # 64 tiles of u, 8 of v in clusters of 8: twice that fills 132 multiprocessors
+    assert found == {"path": "small batch", "first_tokens": 128, "first_grid": 128, "cluster": 8,
+                     "second_tokens": 128, "second_grid": 128, "prefetch": 8}
 
 
 @needs_library

@@ -38,19 +38,30 @@ int shared_memory_of(int arch) {
   return arch > 80 && arch < 90 ? 99 << 10 : 0;
 }
 
-// Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one launch,
-// because that needs nothing of the stream before it.
+// Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one
+// launch, because that needs nothing of the stream before it. Then, on the GPU that they are made for, the small-batch kernels.
 Config cuda_config(const Problem& p) {
   Config config;
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return config;
-  if (p.m > kDecodeRows || !p.is_aligned) return config;
-  config.plan = plan_decode(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch), false);
-  if (config.plan.token_tiles > 0) config.path = Path::decode;
+  if (!p.is_aligned) return config;
+  if (p.m <= kDecodeRows) {
+    config.plan = plan_decode(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch), false);
+    if (config.plan.token_tiles > 0) config.path = Path::decode;
+  } else if (p.arch == 90) {
+    config.batch = plan_small_batch(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
+    if (config.batch.first.tokens > 0) config.path = Path::small_batch;
+  }
   return config;
 }
 
 const char* name_of_path(Path path) {
-  return path == Path::decode ? "decode" : path == Path::library ? "library" : "empty";
+  switch (path) {
+    case Path::empty: return "empty";
+    case Path::decode: return "decode";
+    case Path::small_batch: return "small batch";
+    case Path::library: break;
+  }
+  return "library";
 }
 
 Described describe(const Problem& p) {
@@ -70,6 +81,15 @@ Described describe(const Problem& p) {
                            {"grid", plan.grid},
                            {"prefetch", plan.prefetch},
                            {"smem_bytes", plan.smem_bytes}});
+  }
+  if (config.path == Path::small_batch) {
+    const BatchPhase &first = config.batch.first, &second = config.batch.second;
+    all.insert(all.end(), {{"first_tokens", first.tokens},
+                           {"first_grid", first.items * first.splits},
+                           {"cluster", first.splits},
+                           {"second_tokens", second.tokens},
+                           {"second_grid", second.items},
+                           {"prefetch", second.weight_slots}});
   }
   return all;
 }

@@ -1,6 +1,7 @@
 // Host side of low_rank: checks, choice of configuration, launch, registration.   x [..., k]  v [r, k]  u [n, r]  y [..., n]
 #include "low_rank/low_rank.h"
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <string>
@@ -20,7 +21,8 @@ namespace {
 
 CallCounter decode_calls("low_rank", "cpu", "decode"), library_calls("low_rank", "cpu", "library");
 #ifdef LOWFAT_CUDA
-CallCounter cuda_decode_calls("low_rank", "cuda", "decode"), cuda_library_calls("low_rank", "cuda", "library");
+CallCounter cuda_decode_calls("low_rank", "cuda", "decode"), cuda_small_batch_calls("low_rank", "cuda", "small batch"),
+    cuda_library_calls("low_rank", "cuda", "library");
 #endif
 
 struct Sizes {
@@ -152,6 +154,27 @@ Result library_cuda(const Arguments& in) {
   return library(in);
 }
 
+// The small-batch kernels are nothing but machine code for an sm_90: a build with none of it, or with PTX, has the library.
+bool has_small_batch() {
+  static const bool is_built = [] {
+    const std::vector<std::string> archs = compiled_cuda_archs();
+    return std::find(archs.begin(), archs.end(), "sm_90a") != archs.end();
+  }();
+  return is_built;
+}
+
+// h is written and read again, also where nobody wants it.
+void small_batch_cuda(const Arguments& in, const Sizes& s, const SmallBatchPlan& plan, const Tensor& h, const Tensor& y,
+                      void* stream, const Gpu& gpu) {
+  cuda_small_batch_calls.count();
+  SmallBatchOperands p{};
+  p.x = elements(in.x), p.v = elements(in.v), p.u = elements(in.u), p.bias = in.bias ? elements(*in.bias) : nullptr;
+  p.h = static_cast<uint16_t*>(h.mutable_data_ptr());
+  p.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
+  check_launch(launch_small_batch(plan, p, s.dtype, stream), gpu);
+}
+
 Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, bool keep_h) {
   const Sizes s = check(x, v, u, bias);
   const int device = s.kind.device_index;
@@ -161,12 +184,18 @@ Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std
   const bool aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
   const Config config =
       choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned});
-  if (config.path == Path::library) return library_cuda(in);
+  const bool is_missing = config.path == Path::small_batch && !has_small_batch();
+  if (config.path == Path::library || is_missing) return library_cuda(in);
   Result result{empty_rows(in.x, s.kind, s.n), std::nullopt};
   if (keep_h) result.h = empty_rows(in.x, s.kind, s.r);
   if (config.path == Path::empty) return result;
 
   void* stream = current_cuda_stream(device);
+  if (config.path == Path::small_batch) {
+    const Tensor h = keep_h ? *result.h : empty_rows(in.x, s.kind, s.r);
+    small_batch_cuda(in, s, config.batch, h, result.y, stream, gpu);
+    return result;
+  }
   const char* error = nullptr;
   uint64_t* counter = grid_counter(device, stream, config.plan.grid, error);
   check_launch(error, gpu);

@@ -11,14 +11,15 @@ namespace low_rank {
 
 constexpr int64_t kDecodeRows = 16;  // m up to which a pass over the weights costs more than the arithmetic
 
-enum class Path { empty, decode, library };
+enum class Path { empty, decode, small_batch, library };
 
 struct Config {
   Path path = Path::library;
   int64_t row_tile = 0;      // CPU: rows of a weight that share one load of x
   int64_t first_grain = 0;   // CPU: row tiles of v per task; 0: one thread does all
   int64_t second_grain = 0;  // CPU: row tiles of u per task; 0: one thread does all
-  DecodePlan plan;           // GPU
+  DecodePlan plan;           // GPU, decode
+  SmallBatchPlan batch;      // GPU, small batch
 };
 
 Config choose_config(const Problem& problem);

@@ -18,7 +18,6 @@
 // Two kernels, the second of which may start, and load u, while the first still runs.
 //
 // Compiled for sm_90a, and run by tests in an emulator; it HAS NEVER RUN ON A GPU, and no speed is claimed.
-// Nothing calls it yet: choose_config goes to the library for these sizes.
 #include "device/cluster.h"
 #include "device/convert.h"
 #include "device/grid.h"
