@@ -26,6 +26,7 @@
 #include "device/load.h"
 #include "device/mma.h"
 #include "low_rank/decode_layout.h"
+#include "low_rank/epilogue.h"
 #include "low_rank/low_rank.h"
 
 namespace low_rank {
@@ -358,9 +359,6 @@ LOWFAT_DEVICE void multiply_items(const DecodeParams& p, const SecondShare& mine
     add_batch(item + Config::kBatch, odd);
   }
 }
-
-// What happens to a sum on its way to y, all in float.
-LOWFAT_DEVICE float finished(float sum, float bias) { return sum + bias; }
 
 template <class Config>
 LOWFAT_DEVICE void store_y(const DecodeParams& p, const SecondShare& mine, const float* smem_sums, const uint16_t* smem_bias) {

@@ -26,6 +26,7 @@
 #include "device/mma.h"
 #include "device/tma.h"
 #include "device/wgmma.h"
+#include "low_rank/epilogue.h"
 #include "low_rank/low_rank.h"
 
 namespace low_rank {
@@ -231,9 +232,6 @@ LOWFAT_DEVICE void first_product(const SmallBatchFirst& p) {
 
 // --- second product: y = h u^T + bias ---
 
-// What happens to a sum on its way to y, all in float.
-LOWFAT_DEVICE float finished_sum(float sum, float bias) { return sum + bias; }
-
 template <class T>
 LOWFAT_DEVICE float bias_of(const SmallBatchSecond& p, int column) {
   return p.bias && column < p.n ? device::widen<T>(device::load(p.bias + column)) : 0;
@@ -250,7 +248,7 @@ LOWFAT_DEVICE void store_result(uint8_t* smem_result, const BatchSums<Config>& s
     for (int i = 0; i < 4; ++i) {
       const float bias = i % 2 ? lower_bias : upper_bias;
       const int at = 4 * (j + i / 2) + 2 * (i % 2);
-      r[i] = device::pack2<T>(finished_sum(sums[at], bias), finished_sum(sums[at + 1], bias));
+      r[i] = device::pack2<T>(finished(sums[at], bias), finished(sums[at + 1], bias));
     }
     device::stmatrix_transposed<4>(smem_result + result_piece(device::warp_index(), device::lane_index(), j * 8), r);
   }
