@@ -125,7 +125,7 @@ def _parameters(test):
 
 def plant(folder: Path, mutant) -> None:
     """A copy of what the checks import, with the bug in it."""
-    for name in ("ops", "structures"):
+    for name in ("bench", "ops", "structures"):
         shutil.copytree(PACKAGE / name, folder / "lowfat" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("errors.py", "linalg.py"):
         shutil.copy(PACKAGE / name, folder / "lowfat")
