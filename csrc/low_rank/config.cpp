@@ -39,7 +39,8 @@ int shared_memory_of(int arch) {
 }
 
 // Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one
-// launch, because that needs nothing of the stream before it. Then, on the GPU that they are made for, the small-batch kernels.
+// launch, because that needs nothing of the stream before it. Then, on the GPU that they are made for, the small-batch
+// kernels.
 Config cuda_config(const Problem& p) {
   Config config;
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return config;

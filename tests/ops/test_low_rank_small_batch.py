@@ -9,8 +9,8 @@ from lowfat import _native
 OPS = torch.ops.lowfat
 HALVES = (torch.bfloat16, torch.float16)
 # every size of a group; ragged m; a tail of each tile; rings that go around; layers of models
-SHAPES = {"smallest": (17, 8, 8, 8), "ragged": (31, 264, 72, 136), "cluster": (64, 520, 64, 72), "halves": (129, 200, 72, 88),
-          "long": (250, 65536, 200, 40), "wide": (100, 136, 2056, 18432), "bert": (128, 768, 192, 3072),
+SHAPES = {"smallest": (17, 8, 8, 8), "ragged": (31, 264, 72, 136), "cluster": (64, 520, 64, 72),
+          "halves": (129, 200, 72, 88), "long": (250, 65536, 200, 40), "wide": (100, 136, 2056, 18432), "bert": (128, 768, 192, 3072),
           "llama": (256, 4096, 1024, 14336)}
 
 

@@ -37,9 +37,9 @@ DECODE = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 # low_rank/backward.cu. In front of the first barrier three stages are asked for, two pieces of each operand; two blocks of the
 # large tile share a multiprocessor, three of the small one. Sums over splits have four loads on their way.
 BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", copies_before_barrier=12)
-# low_rank/small_batch.cu: code for an sm_90a alone. Each operand has its warp that loads it, and in the second kernel only one
-# of the two waits for h. Two blocks share a multiprocessor. Fences: those of the two barriers of a cluster (the block's and the
-# GPU's), and the one before the result is sent off. The narrow load is the bias, at any address.
+# low_rank/small_batch.cu: code for an sm_90a alone. Each operand has its warp that loads it, and in the second kernel only
+# one of the two waits for h. Two blocks share a multiprocessor. Fences: those of the two barriers of a cluster (the block's
+# and the GPU's), and the one before the result is sent off. The narrow load is the bias, at any address.
 SMALL_BATCH = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x(32|64|128|256)x16\.F32", tile_loads=2)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
