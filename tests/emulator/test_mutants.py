@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import mutants  # noqa: E402  (beside this file)
+import kernel_mutants  # noqa: E402  (beside this file)
 from test_emulator import needs_host  # noqa: E402
 
 CASES = [pytest.param(mutant, id=mutant.name.replace(" ", "_"), marks=[pytest.mark.nightly] if number % 6 else [])
-         for number, mutant in enumerate(mutants.MUTANTS)]
+         for number, mutant in enumerate(kernel_mutants.MUTANTS)]
 
 
 @needs_host
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutant", CASES)
 def test_killed(mutant):
-    assert mutants.outcome(mutant) == "killed"
+    assert kernel_mutants.outcome(mutant) == "killed"
