@@ -69,16 +69,26 @@ def nvdisasm() -> str | None:
 
 def compile_source(source: Path, arch: str, out: Path) -> tuple[dict[str, Kernel], list[str]]:
     """The kernels of a source by symbol, and the warnings of the compiler."""
-    done = subprocess.run([nvcc(), *FLAGS, *WARNINGS, f"-gencode=arch={ARCHS[arch]},code={arch}", "-I", str(ROOT / "csrc"),
-                           "-cubin", "-o", str(out), str(source)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stderr}")
-    kernels = resources(done.stderr)
+    report = compiler_report(source, arch, out)
+    kernels = resources(report)
     listing = subprocess.run([nvdisasm(), "-c", str(out)], check=True, capture_output=True, text=True).stdout
     for symbol, instructions in disassembly(listing).items():
         if symbol in kernels:
             kernels[symbol].instructions = instructions
-    return kernels, [line for line in done.stderr.splitlines() if "warning" in line.lower()]
+    return kernels, [line for line in report.splitlines() if "warning" in line.lower()]
+
+
+def symbols(source: Path, arch: str, out: Path) -> set[str]:
+    """The mangled names of a source's kernels."""
+    return set(resources(compiler_report(source, arch, out)))
+
+
+def compiler_report(source: Path, arch: str, out: Path) -> str:
+    done = subprocess.run([nvcc(), *FLAGS, *WARNINGS, f"-gencode=arch={ARCHS[arch]},code={arch}", "-I", str(ROOT / "csrc"),
+                           "-cubin", "-o", str(out), str(source)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stderr}")
+    return done.stderr
 
 
 def resources(report: str) -> dict[str, Kernel]:
