@@ -66,6 +66,7 @@ def assert_next_save_works(folder: Path, number: int = 9) -> None:
 def start(act) -> int:
     """The process id of a fork that runs act(); it ends with 0, with 3 when lowfat refused, with 1 for another exception."""
     if (child := os.fork()) == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
         code = 1
         try:
             act()
