@@ -46,18 +46,24 @@ inline Dtype dtype_of(const Kind& kind) {
 // A call that goes through torch's boxed dispatcher costs 1-2 us: only what needs a copy pays for it.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// Uninitialized, of this kind, with the shape of `like` but `last` as its last size. This function of the C shim allocates
-// directly: 0.3 us, where new_empty through the dispatcher takes 1.5.
-inline Tensor empty_rows(const Tensor& like, const Kind& kind, int64_t last) {
-  const auto like_sizes = like.sizes();
-  std::vector<int64_t> sizes(like_sizes.begin(), like_sizes.end()), strides(sizes.size());
-  sizes.back() = last;
+// Uninitialized and contiguous. This function of the C shim allocates directly: 0.3 us, where new_empty through the dispatcher
+// takes 1.5.
+inline Tensor empty(const Kind& kind, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   kind.dtype, kind.device_type, kind.device_index, &made));
   return Tensor(made);
+}
+
+// The same with the shape of `like` but `last` as its last size.
+inline Tensor empty_rows(const Tensor& like, const Kind& kind, int64_t last) {
+  const auto like_sizes = like.sizes();
+  std::vector<int64_t> sizes(like_sizes.begin(), like_sizes.end());
+  sizes.back() = last;
+  return empty(kind, sizes);
 }
 
 // Rows of x when its leading dimensions are flattened. Not numel / k: k may be 0.
@@ -67,6 +73,12 @@ inline int64_t rows_of(const Tensor& x) {
   for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
   return rows;
 }
+
+// What kernels that load 16 bytes at a time need of an operand's start.
+inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// bf16 or fp16, as kernels take them.
+inline const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 
 // The library's x w^T + bias: what an op does where its kernel does not win.
 inline Tensor library_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias = std::nullopt) {

@@ -4,10 +4,10 @@
 #ifdef LOWFAT_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include <string>
 #include <tuple>
 
 #include "host/call_counter.h"
+#include "host/cuda_launch.h"
 #include "host/cuda_stream.h"
 #include "host/tensor.h"
 #include "low_rank/low_rank.h"
@@ -51,15 +51,6 @@ Sizes check(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& h, c
   return s;
 }
 
-Tensor empty(const Kind& kind, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 0 ? sizes[i] : 1);
-  AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  kind.dtype, kind.device_type, kind.device_index, &made));
-  return Tensor(made);
-}
-
 // Every tensor as rows, contiguous: the same bits for every layout of the same values.
 struct Arguments {
   Tensor dy, x, v, u;
@@ -92,17 +83,6 @@ Gradients library(const Sizes& s, const Arguments& in, const Tensor& x, int64_t 
           wanted(kNeedsDv, [&] { return torch::stable::matmul(transposed(dh), in.x); }),
           wanted(kNeedsDu, [&] { return torch::stable::matmul(transposed(in.dy), *in.h); }),
           wanted(kNeedsDb, [&] { return torch::stable::sum(in.dy, rows); })};
-}
-
-bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
-const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
-
-void check_launch(const char* error, const Gpu& gpu) {
-  if (!error) return;
-  std::string archs;
-  for (const std::string& arch : compiled_cuda_archs()) archs += " " + arch;
-  STD_TORCH_CHECK(false, "low_rank_backward: ", error, "; built for", archs, ", this device is sm_", gpu.arch);
 }
 
 Gradients low_rank_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
@@ -138,7 +118,7 @@ Gradients low_rank_backward_cuda(const Tensor& dy_any, const Tensor& x_any, cons
   p.dv = dv.mutable_data_ptr(), p.du = du.mutable_data_ptr(), p.db = db.mutable_data_ptr();
   p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
   p.needs = static_cast<int>(needs);
-  check_launch(launch_backward(plan, p, dtype, gpu.sm_count, current_cuda_stream(device)), gpu);
+  check_launch("low_rank_backward", launch_backward(plan, p, dtype, gpu.sm_count, current_cuda_stream(device)), gpu.arch);
   if (needs & kNeedsDx) dx = shaped_like(dx, x_any);
   return {std::move(dx), std::move(dv), std::move(du), std::move(db)};
 }

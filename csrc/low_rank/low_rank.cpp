@@ -12,6 +12,7 @@
 #ifdef LOWFAT_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
+#include "host/cuda_launch.h"
 #include "host/cuda_stream.h"
 #endif
 
@@ -138,17 +139,6 @@ std::tuple<Tensor, Tensor> low_rank_training_cpu(const Tensor& x, const Tensor& 
 
 #ifdef LOWFAT_CUDA
 
-bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
-const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
-
-void check_launch(const char* error, const Gpu& gpu) {
-  if (!error) return;
-  std::string archs;
-  for (const std::string& arch : compiled_cuda_archs()) archs += " " + arch;
-  STD_TORCH_CHECK(false, "low_rank: ", error, "; built for", archs, ", this device is sm_", gpu.arch);
-}
-
 Result library_cuda(const Arguments& in) {
   cuda_library_calls.count();
   return library(in);
@@ -172,7 +162,7 @@ void small_batch_cuda(const Arguments& in, const Sizes& s, const SmallBatchPlan&
   p.h = static_cast<uint16_t*>(h.mutable_data_ptr());
   p.y = static_cast<uint16_t*>(y.mutable_data_ptr());
   p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
-  check_launch(launch_small_batch(plan, p, s.dtype, stream), gpu);
+  check_launch("low_rank", launch_small_batch(plan, p, s.dtype, stream), gpu.arch);
 }
 
 Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, bool keep_h) {
@@ -198,7 +188,7 @@ Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std
   }
   const char* error = nullptr;
   uint64_t* counter = grid_counter(device, stream, config.plan.grid, error);
-  check_launch(error, gpu);
+  check_launch("low_rank", error, gpu.arch);
   if (!counter) return library_cuda(in);
   cuda_decode_calls.count();
   Kind floats = s.kind;
@@ -211,7 +201,7 @@ Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std
   p.y = static_cast<uint16_t*>(result.y.mutable_data_ptr());
   p.counter = counter;
   p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
-  check_launch(launch_decode(config.plan, p, s.dtype, stream), gpu);
+  check_launch("low_rank", launch_decode(config.plan, p, s.dtype, stream), gpu.arch);
   return result;
 }
 

@@ -4,8 +4,6 @@
 // by `decode_first` + `decode_second`, which must agree to the bit, as must all seeds: threads run in another order with each.
 #include "low_rank/decode.cu"
 
-#include <map>
-
 #include "check.h"
 #include "low_rank_truth.h"
 
@@ -69,24 +67,6 @@ Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::
   return out;
 }
 
-// What is the same for every seed.
-struct Known {
-  Operands in;
-  Truth truth;
-  Outputs first;  // of the first seed
-};
-
-template <class T>
-Known& known_of(size_t shape, bool is_whole) {
-  static std::map<size_t, Known> all;
-  Known& known = all[2 * shape + is_whole];
-  if (known.truth.y.empty()) {
-    known.in = operands<T>(kRagged[shape], is_whole);
-    known.truth = truth_of<T>(kRagged[shape], known.in);
-  }
-  return known;
-}
-
 // --- kernels ---
 
 // The first seed runs both, the second one launch, the third two.
@@ -95,7 +75,7 @@ void ragged_shapes(uint64_t seed) {
   Errors errors;
   for (size_t i = 0; i < kShapes; ++i) {
     const Shape& s = kRagged[i];
-    Known& known = known_of<T>(i, false);
+    Known& known = known_of<T>(i, kRagged[i], false);
     const Outputs out = run<T>(s, known.in, seed == 3, {seed});
     if (seed == 1) {
       known.first = out;
@@ -115,7 +95,7 @@ void ragged_shapes(uint64_t seed) {
 template <class T>
 void whole_numbers(uint64_t seed) {
   for (size_t i = 0; i < kShapes; ++i) {
-    const Known& known = known_of<T>(i, true);
+    const Known& known = known_of<T>(i, kRagged[i], true);
     for (double one : known.truth.h) check::that(std::fabs(one) <= 256, "h is exact in bf16", i);
     for (double one : known.truth.y) check::that(std::fabs(one) <= 256, "y is exact in bf16", i);
     const Outputs out = run<T>(kRagged[i], known.in, (seed + i) % 2, {seed});

@@ -4,8 +4,6 @@
 // Outputs start as NaN and have exact bounds; each access outside is reported.
 #include "low_rank/small_batch.cu"
 
-#include <map>
-
 #include "check.h"
 #include "low_rank_truth.h"
 
@@ -57,31 +55,13 @@ Outputs run(const Shape& s, const Operands& in, emulator::Options options, int t
   return {{y.data(), y.data() + y.size()}, {h.data(), h.data() + h.size()}};
 }
 
-// What is the same for every seed.
-struct Known {
-  Operands in;
-  Truth truth;
-  Outputs first;  // of the first seed
-};
-
-template <class T>
-Known& known_of(size_t shape, bool is_whole) {
-  static std::map<size_t, Known> all;
-  Known& known = all[2 * shape + is_whole];
-  if (known.truth.y.empty()) {
-    known.in = operands<T>(kRagged[shape], is_whole);
-    known.truth = truth_of<T>(kRagged[shape], known.in);
-  }
-  return known;
-}
-
 // --- kernels ---
 
 template <class T>
 void ragged_shapes(uint64_t seed) {
   Errors errors;
   for (size_t i = 0; i < kShapes; ++i) {
-    Known& known = known_of<T>(i, false);
+    Known& known = known_of<T>(i, kRagged[i], false);
     const Outputs out = run<T>(kRagged[i], known.in, {seed});
     if (seed == 1) known.first = out;
     check::that(out.y == known.first.y && out.h == known.first.h, "every seed gives the same bits; shape", i);
@@ -97,7 +77,7 @@ void ragged_shapes(uint64_t seed) {
 template <class T>
 void whole_numbers(uint64_t seed) {
   for (size_t i = 0; i < kShapes; ++i) {
-    const Known& known = known_of<T>(i, true);
+    const Known& known = known_of<T>(i, kRagged[i], true);
     for (double one : known.truth.h) check::that(std::fabs(one) <= 256, "h is exact in bf16", i);
     for (double one : known.truth.y) check::that(std::fabs(one) <= 256, "y is exact in bf16", i);
     const Outputs out = run<T>(kRagged[i], known.in, {seed});

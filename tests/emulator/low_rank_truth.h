@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -149,6 +150,24 @@ struct Errors {
 
 inline void equal(const std::vector<double>& found, const std::vector<double>& expected, const char* what) {
   for (size_t i = 0; i < found.size(); ++i) check::equal(found[i], expected[i], what, i);
+}
+
+// What is the same for every seed, by the number of the shape in its test.
+struct Known {
+  Operands in;
+  Truth truth;
+  Outputs first;  // of the first seed
+};
+
+template <class T>
+Known& known_of(size_t shape, const Sizes& s, bool is_whole) {
+  static std::map<size_t, Known> all;
+  Known& known = all[2 * shape + is_whole];
+  if (known.truth.y.empty()) {
+    known.in = operands<T>(s, is_whole);
+    known.truth = truth_of<T>(s, known.in);
+  }
+  return known;
 }
 
 }  // namespace low_rank_truth
