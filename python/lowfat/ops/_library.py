@@ -2,13 +2,14 @@
 
 A compiled kernel only overrides a device of an op declared here; whatever it does not cover runs the reference."""
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from ..errors import UnsupportedError
+from ..errors import LowfatError, UnsupportedError
 
 _library = torch.library.Library("lowfat", "DEF")  # the registrations live as long as this object
 
@@ -47,8 +48,13 @@ def autocast(*inputs):
 
 def _cast(device: str, *inputs):
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-                 for t in inputs)  # fp64 stays, as in linear
+
+    def cast(t):
+        if isinstance(t, (list, tuple)):
+            return [cast(one) for one in t]
+        return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return tuple(map(cast, inputs))  # fp64 stays, as in linear
 
 
 def below_autograd(op: OpOverload, *args):
@@ -60,6 +66,36 @@ def below_autograd(op: OpOverload, *args):
 def in_transform() -> bool:
     """Whether vmap, func.grad or forward-mode AD is at work: these see through plain torch, and not through an op."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded(*inputs) -> bool:
+    """Whether somebody differentiates this call, or sees through it: then it must be made of differentiable ops."""
+    if in_transform():
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return torch._C._any_requires_grad(*(t for i in inputs for t in (i if isinstance(i, (list, tuple)) else (i,))))
+
+
+def composite_gradient(op: OpOverload, composition: Callable) -> None:
+    """Give an op the gradient of a composition of differentiable ops, which then runs in its place, as under vmap."""
+    def kernel(keyset, *inputs):
+        if is_recorded(*inputs):
+            return composition(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    _library.impl(op._opname, kernel, "Autograd", with_keyset=True)
+    _library.impl(op._opname, composition, "FuncTorchBatched")
+
+
+def refuse(error: Exception, op: str, check: Callable, *inputs) -> NoReturn:
+    """Raise what check finds wrong with these inputs, which an op did not take; else the error that it raised itself."""
+    if not isinstance(error, LowfatError):
+        check(*inputs)
+        if isinstance(error, NotImplementedError):
+            raise UnsupportedError(f"{op}: not for these kinds of tensor: {error}") from error
+    raise error
 
 
 def differentiable(forward: OpOverload, training: OpOverload, backward: OpOverload, *, reference: Callable,

@@ -5,42 +5,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..errors import DeviceError, DtypeError, LowfatError, ShapeError, UnsupportedError
-from ._library import autocast, below_autograd, define, differentiable, in_transform
+from ..errors import DeviceError, DtypeError, ShapeError, UnsupportedError
+from ._library import autocast, below_autograd, define, differentiable, in_transform, refuse
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, dy: Tensor | None = None,
-          h: Tensor | None = None) -> None:
-    """Raise the error that names what is wrong with these arguments, if anything is."""
-    tensors = {"x": x, "v": v, "u": u}
-    tensors |= {name: t for name, t in (("bias", bias), ("dy", dy), ("h", h)) if t is not None}
+          h: Tensor | None = None, *, op: str = "low_rank", of: str = "") -> None:
+    """Raise the error that names what is wrong with these arguments, if anything is. of: which member of a group."""
+    tensors = {"x": x, f"v{of}": v, f"u{of}": u}
+    tensors |= {name: t for name, t in ((f"bias{of}", bias), ("dy", dy), ("h", h)) if t is not None}
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
-            raise DtypeError(f"low_rank: {name} must be a tensor, found {type(t).__name__}")
+            raise DtypeError(f"{op}: {name} must be a tensor, found {type(t).__name__}")
         if t.layout is not torch.strided:
-            raise UnsupportedError(f"low_rank: {name} is {t.layout}, must be a dense tensor (call .to_dense())")
+            raise UnsupportedError(f"{op}: {name} is {t.layout}, must be a dense tensor (call .to_dense())")
     for name, t in tensors.items():
         if t.device != x.device:
-            raise DeviceError(f"low_rank: {name} is on {t.device}, x is on {x.device}; all must be on one device")
+            raise DeviceError(f"{op}: {name} is on {t.device}, x is on {x.device}; all must be on one device")
         if t.dtype != x.dtype:
-            raise DtypeError(f"low_rank: {name} has {t.dtype}, x has {x.dtype}; all must have one dtype (or use autocast)")
+            raise DtypeError(f"{op}: {name} has {t.dtype}, x has {x.dtype}; all must have one dtype (or use autocast)")
     if x.dtype not in DTYPES:
-        raise DtypeError(f"low_rank: x has {x.dtype}, must be float64, float32, float16 or bfloat16")
+        raise DtypeError(f"{op}: x has {x.dtype}, must be float64, float32, float16 or bfloat16")
     if x.dim() < 1:
-        raise ShapeError("low_rank: x has no dimensions, must be [..., k]")
+        raise ShapeError(f"{op}: x has no dimensions, must be [..., k]")
     if v.dim() != 2 or u.dim() != 2:
-        raise ShapeError(f"low_rank: v {list(v.shape)} must be [r, k] and u {list(u.shape)} must be [n, r]")
+        raise ShapeError(f"{op}: v{of} {list(v.shape)} must be [r, k] and u{of} {list(u.shape)} must be [n, r]")
     if x.shape[-1] != v.shape[1]:
-        raise ShapeError(f"low_rank: x has {x.shape[-1]} features, v has {v.shape[1]} (x {[*x.shape]}, v {[*v.shape]})")
+        raise ShapeError(f"{op}: x has {x.shape[-1]} features, v{of} has {v.shape[1]} (x {[*x.shape]}, v{of} {[*v.shape]})")
     if u.shape[1] != v.shape[0]:
-        raise ShapeError(f"low_rank: u has rank {u.shape[1]}, v has rank {v.shape[0]} (u {[*u.shape]}, v {[*v.shape]})")
+        raise ShapeError(f"{op}: u{of} has rank {u.shape[1]}, v{of} has rank {v.shape[0]} "
+                         f"(u{of} {[*u.shape]}, v{of} {[*v.shape]})")
     if bias is not None and bias.shape != u.shape[:1]:
-        raise ShapeError(f"low_rank: bias {list(bias.shape)} must be [{u.shape[0]}], the rows of u {list(u.shape)}")
+        raise ShapeError(f"{op}: bias{of} {list(bias.shape)} must be [{u.shape[0]}], the rows of u{of} {list(u.shape)}")
     for name, t, size in (("dy", dy, u.shape[0]), ("h", h, v.shape[0])):
         if t is not None and t.shape != (*x.shape[:-1], size):
-            raise ShapeError(f"low_rank: {name} {list(t.shape)} must be {[*x.shape[:-1], size]}")
+            raise ShapeError(f"{op}: {name} {list(t.shape)} must be {[*x.shape[:-1], size]}")
 
 
 def reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,10 +93,5 @@ def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Ten
             return below_autograd(_forward, x.contiguous(), v.contiguous(), u.contiguous(), bias)
         x, v, u, bias = autocast(x, v, u, bias)
         return _recorded(x.contiguous(), v.contiguous(), u.contiguous(), bias)
-    except LowfatError:
-        raise
     except (RuntimeError, TypeError, AttributeError) as error:
-        check(x, v, u, bias)
-        if isinstance(error, NotImplementedError):
-            raise UnsupportedError(f"low_rank: not for these kinds of tensor: {error}") from error
-        raise
+        refuse(error, "low_rank", check, x, v, u, bias)
