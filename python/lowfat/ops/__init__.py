@@ -1,4 +1,6 @@
 """Tensors in, tensors out: one file per op, with its schema, reference and gradient."""
 from .low_rank import low_rank
+from .low_rank_group import low_rank_group
+from .low_rank_swiglu import low_rank_swiglu
 
-__all__ = ["low_rank"]
+__all__ = ["low_rank", "low_rank_group", "low_rank_swiglu"]
