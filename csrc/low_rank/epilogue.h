@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "device/simt.h"
 #include "low_rank/activation.h"
@@ -24,6 +25,18 @@ LOWFAT_DEVICE float activated(float z, Activation activation) {
 
 LOWFAT_DEVICE float finished(float sum, float bias, Activation activation = Activation::none, float residual = 0) {
   return activated(sum + bias, activation) + residual;
+}
+
+// run(the activation as a constant): one choice for a whole tile, not one for each of its elements.
+template <class Run>
+LOWFAT_DEVICE void with_activation(Activation activation, const Run& run) {
+  switch (activation) {
+    case Activation::none: return run(std::integral_constant<Activation, Activation::none>());
+    case Activation::relu: return run(std::integral_constant<Activation, Activation::relu>());
+    case Activation::gelu: return run(std::integral_constant<Activation, Activation::gelu>());
+    case Activation::gelu_tanh: return run(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::silu: return run(std::integral_constant<Activation, Activation::silu>());
+  }
 }
 
 }  // namespace low_rank

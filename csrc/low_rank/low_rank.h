@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "host/op_table.h"
+#include "low_rank/activation.h"
 #include "low_rank/decode_layout.h"
 #include "low_rank/small_batch_layout.h"
 
@@ -66,12 +67,14 @@ const char* launch_decode(const DecodePlan& plan, DecodeParams params, Dtype dty
 
 // The small-batch kernels of an sm_90 (small_batch.cu); elements are bf16 or fp16, every row 16-byte aligned.
 struct SmallBatchOperands {
-  const uint16_t* x;     // [m, k]
-  const uint16_t* v;     // [r, k]
-  const uint16_t* u;     // [n, r]
-  const uint16_t* bias;  // [n] or null, at any address
-  uint16_t* h;           // [m, r], written before it is read
-  uint16_t* y;           // [m, n]
+  const uint16_t* x;         // [m, k]
+  const uint16_t* v;         // [r, k]
+  const uint16_t* u;         // [n, r]
+  const uint16_t* bias;      // [n] or null, at any address
+  const uint16_t* residual;  // [m, n] or null
+  Activation activation;
+  uint16_t* h;  // [m, r], written before it is read
+  uint16_t* y;  // [m, n]
   int m, n, k, r;
 };
 

@@ -1,6 +1,7 @@
-// low_rank on an sm_90 for 17 to 256 rows of x: y = (x v^T) u^T + bias, weights read once, h = x v^T rounded once.
+// low_rank on an sm_90 for 17 to 256 rows of x: y = activation((x v^T) u^T + bias) + residual, weights read once, h = x v^T
+// rounded once.
 //
-//   x [m, k]   v [r, k]   u [n, r]   bias [n]   h [m, r]   y [m, n]      bf16 or fp16, rows 16-byte aligned
+//   x [m, k]   v [r, k]   u [n, r]   bias [n]   h [m, r]   residual, y [m, n]      bf16 or fp16, rows 16-byte aligned
 //
 // Weights are the tall operand of a warpgroup's product, all rows of x (tokens) its other one, sums in float: a block has a
 // tile of 64 rows of a weight, and reads it once (small_batch_layout.h). Tiles come by TMA, 64 of the contraction at a time,
@@ -60,9 +61,11 @@ struct SmallBatchFirst {
 };
 
 struct SmallBatchSecond {
-  device::TensorMap u, h;  // as v and x
-  device::TensorMap y;     // boxes of a group of tokens by 64 columns
-  const uint16_t* bias;    // [n] or null
+  device::TensorMap u, h;         // as v and x
+  device::TensorMap residual, y;  // boxes of a group of tokens by 64 columns
+  const uint16_t* bias;           // [n] or null
+  Activation activation;
+  bool has_residual;
   int n, groups, slabs;
   RingSizes sizes;
 };
@@ -119,8 +122,7 @@ struct Rings {
 };
 
 // One thread loads the slabs of an operand in turn, each as soon as there is a slot for it.
-LOWFAT_DEVICE void produce(const Ring& ring, const device::TensorMap& map, int row, const Range& slabs) {
-  Turn turn;
+LOWFAT_DEVICE void produce(const Ring& ring, Turn& turn, const device::TensorMap& map, int row, const Range& slabs) {
 #pragma unroll 1
   for (int slab = slabs.first; slab < slabs.last; ++slab) {
     device::mbarrier_wait(ring.empty + turn.slot, turn.parity ^ 1);
@@ -131,9 +133,9 @@ LOWFAT_DEVICE void produce(const Ring& ring, const device::TensorMap& map, int r
 }
 
 // sums [64 rows, tokens] of the slabs. The products of a slab run while the next is waited for; a slot is free when those
-// that read it are done, which each warp knows of its own 16 rows.
+// that read it are done, which each warp knows of its own 16 rows. The turn of the tokens after the last slab.
 template <class Config>
-LOWFAT_DEVICE void multiply_slabs(const Rings<Config>& rings, int slabs, BatchSums<Config>& sums) {
+LOWFAT_DEVICE Turn multiply_slabs(const Rings<Config>& rings, int slabs, BatchSums<Config>& sums) {
   const auto release = [](const Ring& ring, int slot) {
     if (device::lane_index() == 0) device::mbarrier_arrive(ring.empty + slot);
   };
@@ -162,6 +164,8 @@ LOWFAT_DEVICE void multiply_slabs(const Rings<Config>& rings, int slabs, BatchSu
     token.advance(rings.tokens);
   }
   device::wgmma_wait<0>();
+  release(rings.tokens, token_before);  // for the residual
+  return token;
 }
 
 LOWFAT_DEVICE void sync_consumers() { device::barrier_sync(1, kConsumerWarps * 32); }
@@ -210,6 +214,7 @@ LOWFAT_DEVICE void first_product(const SmallBatchFirst& p) {
   const Range slabs = share(p.slabs, p.splits, device::cluster_rank());
   auto* smem_sums = reinterpret_cast<float*>(rings.smem);
   const int warp = device::warp_index();
+  Turn turn;
   if (warp < kConsumerWarps) {
     BatchSums<Config> sums;
     multiply_slabs<Config>(rings, slabs.last - slabs.first, sums);
@@ -217,9 +222,9 @@ LOWFAT_DEVICE void first_product(const SmallBatchFirst& p) {
     store_partial<Config>(smem_sums, sums);
   } else if (device::lane_index() == 0) {
     if (warp == Config::kWeightWarp) {
-      produce(rings.weights, p.v, item.row, slabs);
+      produce(rings.weights, turn, p.v, item.row, slabs);
     } else {
-      produce(rings.tokens, p.x, item.token, slabs);
+      produce(rings.tokens, turn, p.x, item.token, slabs);
     }
   }
   __syncwarp();
@@ -230,7 +235,7 @@ LOWFAT_DEVICE void first_product(const SmallBatchFirst& p) {
   device::cluster_sync();  // the others may still read our sums
 }
 
-// --- second product: y = h u^T + bias ---
+// --- second product: y = activation(h u^T + bias) + residual ---
 
 template <class T>
 LOWFAT_DEVICE float bias_of(const SmallBatchSecond& p, int column) {
@@ -238,19 +243,25 @@ LOWFAT_DEVICE float bias_of(const SmallBatchSecond& p, int column) {
 }
 
 // A tile of y, to be sent off: its rows are tokens, so what a thread has of two neighbouring tokens goes to different rows.
-template <class Config>
-LOWFAT_DEVICE void store_result(uint8_t* smem_result, const BatchSums<Config>& sums, float upper_bias, float lower_bias) {
+// The residual's tile, where there is one, lies in the same place in the same order.
+template <class Config, Activation kActivation>
+LOWFAT_DEVICE void store_result(uint8_t* smem_result, bool has_residual, const BatchSums<Config>& sums, float upper_bias,
+                                float lower_bias) {
   using T = typename Config::Element;
 #pragma unroll
   for (int j = 0; j < Config::kTokens / 8; j += 2) {  // eights of tokens
-    uint32_t r[4];
+    uint8_t* piece = smem_result + result_piece(device::warp_index(), device::lane_index(), j * 8);
+    uint32_t r[4] = {};
+    if (has_residual) device::ldmatrix_transposed<4>(r, piece);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float bias = i % 2 ? lower_bias : upper_bias;
       const int at = 4 * (j + i / 2) + 2 * (i % 2);
-      r[i] = device::pack2<T>(finished(sums[at], bias), finished(sums[at + 1], bias));
+      const float2 residual = device::unpack2<T>(r[i]);
+      r[i] = device::pack2<T>(finished(sums[at], bias, kActivation, residual.x),
+                              finished(sums[at + 1], bias, kActivation, residual.y));
     }
-    device::stmatrix_transposed<4>(smem_result + result_piece(device::warp_index(), device::lane_index(), j * 8), r);
+    device::stmatrix_transposed<4>(piece, r);
   }
 }
 
@@ -261,30 +272,41 @@ LOWFAT_DEVICE void second_product(const SmallBatchSecond& p) {
   const BatchItem item = batch_item(Config::kTokens, p.groups, blockIdx.x);
   const Range slabs = {0, p.slabs};
   const int warp = device::warp_index();
+  Turn turn;
   if (warp < kConsumerWarps) {
     const int column = item.row + warp * 16 + device::lane_index() / 4;
     const float upper_bias = bias_of<typename Config::Element>(p, column);
     const float lower_bias = bias_of<typename Config::Element>(p, column + 8);
     BatchSums<Config> sums;
-    multiply_slabs<Config>(rings, p.slabs, sums);
-    sync_consumers();  // no warp reads the rings any more
-    store_result<Config>(rings.smem, sums, upper_bias, lower_bias);
+    turn = multiply_slabs<Config>(rings, p.slabs, sums);
+    uint8_t* smem_result = rings.smem;
+    if (p.has_residual) {
+      smem_result = rings.tokens.slots + turn.slot * token_slot_bytes(Config::kTokens);
+      device::mbarrier_wait(rings.tokens.full + turn.slot, turn.parity);
+    } else {
+      sync_consumers();  // no warp reads the rings any more
+    }
+    with_activation(p.activation, [&](auto activation) {
+      store_result<Config, decltype(activation)::value>(smem_result, p.has_residual, sums, upper_bias, lower_bias);
+    });
     device::fence_async_shared();
     sync_consumers();
     if (threadIdx.x == 0) {
-      device::tma_store(&p.y, item.token, item.row, rings.smem);
+      device::tma_store(&p.y, item.token, item.row, smem_result);
       device::commit_stores();
       device::wait_stores_read<0>();
     }
   } else if (device::lane_index() == 0) {
     if (warp == Config::kWeightWarp) {
-      produce(rings.weights, p.u, item.row, slabs);  // whether h is there or not
+      produce(rings.weights, turn, p.u, item.row, slabs);  // whether h is there or not
     } else {
       device::wait_for_dependency();
       // h was written by ordinary stores of the grid before. That it has ended makes them visible to ordinary loads; the
       // copy engine has a way of its own to memory (the async proxy), and the fences on both sides order the two.
       device::fence_async_global();
-      produce(rings.tokens, p.h, item.token, slabs);
+      produce(rings.tokens, turn, p.h, item.token, slabs);
+      const int column = item.row / kSlab;
+      if (p.has_residual) produce(rings.tokens, turn, p.residual, item.token, {column, column + 1});
     }
   }
 }
@@ -344,7 +366,11 @@ const char* launch_second(const BatchPhase& phase, const SmallBatchOperands& in,
   if (const char* error = map_rows(p.u, in.u, in.n, in.r, kBatchRows)) return error;
   if (const char* error = map_rows(p.h, in.h, in.m, in.r, Config::kTokens)) return error;
   if (const char* error = map_rows(p.y, in.y, in.m, in.n, Config::kTokens)) return error;
-  p.bias = in.bias, p.n = in.n, p.groups = phase.groups, p.slabs = phase.slabs;
+  p.has_residual = in.residual != nullptr;
+  if (p.has_residual) {
+    if (const char* error = map_rows(p.residual, in.residual, in.m, in.n, Config::kTokens)) return error;
+  }
+  p.bias = in.bias, p.activation = in.activation, p.n = in.n, p.groups = phase.groups, p.slabs = phase.slabs;
   p.sizes = {phase.weight_slots, phase.token_slots};
   device::Launch shape = launch_of(phase, stream);
   shape.is_dependent = true;

@@ -5,7 +5,7 @@
 #include "low_rank/small_batch.cu"
 
 #include "check.h"
-#include "low_rank_truth.h"
+#include "low_rank_epilogue_truth.h"
 
 namespace {
 
@@ -41,10 +41,12 @@ SmallBatchPlan plan_of(const Shape& s) {
 
 // Runs the op `times` over: queued one after the other, as on a stream, into one h and one y.
 template <class T>
-Outputs run(const Shape& s, const Operands& in, emulator::Options options, int times = 1) {
+Outputs run(const Shape& s, const Operands& in, emulator::Options options, int times = 1, const Epilogue& epilogue = {}) {
   emulator::Buffer<uint16_t> x("x", in.x), v("v", in.v), u("u", in.u), bias("bias", in.bias);
+  emulator::Buffer<uint16_t> residual("residual", epilogue.residual);
   emulator::Buffer<uint16_t> y("y", size_t(s.m) * s.n), h("h", size_t(s.m) * s.r);
-  const SmallBatchOperands operands{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr, h.data(), y.data(),
+  const SmallBatchOperands operands{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr,
+                                    residual.size() ? residual.data() : nullptr, epilogue.activation, h.data(), y.data(),
                                     s.m, s.n, s.k, s.r};
   const Dtype dtype = std::is_same<T, device::Bf16>::value ? Dtype::bfloat16 : Dtype::float16;
   for (int i = 0; i < times; ++i) {
@@ -83,6 +85,45 @@ void whole_numbers(uint64_t seed) {
     const Outputs out = run<T>(kRagged[i], known.in, {seed});
     equal(wide<T>(out.h), known.truth.h, emulator::text("h of shape %zu", i).c_str());
     equal(wide<T>(out.y), known.truth.y, emulator::text("y of shape %zu", i).c_str());
+  }
+}
+
+// The functions by themselves: the two gelus differ by less than a rounding of y.
+void activations(uint64_t) {
+  for (const Activation one : kActivations) {
+    for (float z = -12; z <= 12; z += 0.0137f) {
+      const double expected = low_rank_truth::activated(double{z}, one), found = low_rank::activated(z, one);
+      check::that(std::fabs(found - expected) <= 0x1p-22 * std::fabs(z), "an activation of 1000 z =", std::lround(1000 * z));
+    }
+    check::that(std::isnan(low_rank::activated(NAN, one)), "NaN stays NaN");
+  }
+}
+
+// Each activation and residual meets each size of a group.
+template <class T>
+void activations_and_residuals(uint64_t seed) {
+  Errors errors;
+  for (size_t i = 0; i < kShapes; ++i) {
+    const Shape& s = kRagged[i];
+    const Epilogue end = epilogue<T>(s, kActivations[(2 * seed + i) % 5], (seed + i / 2) % 2, false);
+    const Known& known = known_of<T>(i, s, false);
+    Truth truth = known.truth;
+    finish<T>(truth, end);
+    const auto y = wide<T>(run<T>(s, known.in, {seed}, 1, end).y);
+    within(y, truth.y, truth.y_bound, emulator::text("y of shape %zu", i).c_str());
+    errors.add(y, truth);
+  }
+  errors.pass();
+}
+
+void whole_residuals(uint64_t seed) {
+  using T = device::Bf16;
+  for (size_t i = 0; i < kShapes; ++i) {
+    const Known& known = known_of<T>(i, kRagged[i], true);
+    const Epilogue end = epilogue<T>(kRagged[i], (seed + i) % 2 ? Activation::relu : Activation::none, true, true);
+    Truth truth = known.truth;
+    finish<T>(truth, end);
+    equal(wide<T>(run<T>(kRagged[i], known.in, {seed}, 1, end).y), truth.y, emulator::text("y of shape %zu", i).c_str());
   }
 }
 
@@ -160,6 +201,10 @@ int main(int count, char** arguments) {
                      {"ragged shapes, fp16", ragged_shapes<device::Fp16>},
                      {"whole numbers, bf16", whole_numbers<device::Bf16>},
                      {"whole numbers, fp16", whole_numbers<device::Fp16>},
+                     {"activations", activations},
+                     {"activations and residuals, bf16", activations_and_residuals<device::Bf16>},
+                     {"activations and residuals, fp16", activations_and_residuals<device::Fp16>},
+                     {"whole residuals", whole_residuals},
                      {"calls one after another", calls_one_after_another},
                      {"few blocks resident", few_blocks_resident},
                      {"bits depend on the depth alone", bits_depend_on_depth_alone},
