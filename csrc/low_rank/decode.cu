@@ -1,6 +1,7 @@
-// low_rank on a GPU for a few rows of x: y = (x v^T) u^T + bias in one pass over the weights, h = x v^T rounded once.
+// low_rank on a GPU for a few rows of x: y = activation((x v^T) u^T + bias) + residual in one pass over the weights,
+// h = x v^T rounded once.
 //
-//   x [m, k]   v [r, k]   u [n, r]   bias [n]   h [m, r]   y [m, n]      m <= 16, bf16 or fp16, rows 16-byte aligned
+//   x [m, k]   v [r, k]   u [n, r]   bias [n]   h [m, r]   residual, y [m, n]    m <= 16, bf16 or fp16, rows 16-byte aligned
 //
 // Weights are the tall operand of the tensor core's product, rows of x (tokens) its narrow one: 16 rows of a weight times 8 or
 // 16 tokens, sums in float. The contraction may run in any order, so a lane's share of a 32-wide step is 16 neighbouring bytes
@@ -368,13 +369,15 @@ LOWFAT_DEVICE void store_y(const DecodeParams& p, const SecondShare& mine, const
     const int row = i % kTileRows, token = i / kTileRows % Config::kTokens, tile = i / (kTileRows * Config::kTokens);
     const int column = (mine.tiles.first + tile) * kTileRows + row;
     if (token >= p.m || column >= p.n) continue;
+    const int64_t at = int64_t{token} * p.n + column;
+    const float residual = p.residual ? device::widen<T>(device::load(p.residual + at)) : 0;  // on its way while sums are added
     const Range warps = warps_of_tile(mine, tile);
     float sum = 0;
     for (int warp = warps.first; warp < warps.last; ++warp) {
       sum += smem_sums[slot_of(tile, warp) * slot_floats(Config::kTokenTiles) + sum_at(token, row)];
     }
     const float bias = p.bias ? device::widen<T>(smem_bias[tile * kTileRows + row]) : 0;
-    device::store(p.y + int64_t{token} * p.n + column, device::narrow<T>(finished(sum, bias)));
+    device::store(p.y + at, device::narrow<T>(finished(sum, bias, p.activation, residual)));
   }
 }
 

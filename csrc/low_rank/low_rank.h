@@ -50,14 +50,16 @@ CpuKernel cpu_kernel_avx512(Dtype dtype, int64_t m);
 
 // The decode kernels of a GPU (decode.cu); elements are bf16 or fp16.
 struct DecodeParams {
-  const uint16_t* x;     // [m, k], like v and u with 16-byte aligned rows
-  const uint16_t* v;     // [r, k]
-  const uint16_t* u;     // [n, r]
-  const uint16_t* bias;  // [n] or null
-  float* partials;       // [splits, m, r], workspace
-  uint16_t* h;           // [m, r] or null, where nobody wants it
-  uint16_t* y;           // [m, n]
-  uint64_t* counter;     // of one launch: the barrier's, used by no grid of another size and by none at the same time
+  const uint16_t* x;         // [m, k], like v and u with 16-byte aligned rows
+  const uint16_t* v;         // [r, k]
+  const uint16_t* u;         // [n, r]
+  const uint16_t* bias;      // [n] or null
+  const uint16_t* residual;  // [m, n] or null
+  Activation activation;
+  float* partials;           // [splits, m, r], workspace
+  uint16_t* h;               // [m, r] or null, where nobody wants it
+  uint16_t* y;               // [m, n]
+  uint64_t* counter;         // of one launch: the barrier's, used by no grid of another size and by none at the same time
   int m, n, k, r;
   int splits, tiles, prefetch;  // of the plan
 };

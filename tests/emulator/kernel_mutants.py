@@ -186,8 +186,7 @@ MUTANTS = [
            "    float sum = 0;\n    for (int warp = warps.first",
            "    float sum = 0;\n    for (int warp = warps.first + 1", "low_rank_decode_test"),
     Mutant("decode: y of the column beside", LOW_RANK + "decode.cu",
-           "device::store(p.y + int64_t{token} * p.n + column,",
-           "device::store(p.y + int64_t{token} * p.n + (column ^ 1),", "low_rank_decode_test"),
+           "device::store(p.y + at,", "device::store(p.y + (at ^ 1),", "low_rank_decode_test"),
     Mutant("layout: slots shared by two warps", LOW_RANK + "decode_layout.h",
            "{ return tile + warp; }", "{ return tile + warp / 2; }", "low_rank_layout_test"),
     Mutant("layout: no slot for the last warp", LOW_RANK + "decode_layout.h",
@@ -400,6 +399,18 @@ MUTANTS = [
            "case Activation::gelu: return activated(z, Activation::gelu_tanh);", "low_rank_small_batch_test"),
     Mutant("epilogue: activation before the bias", LOW_RANK + "epilogue.h", "activated(sum + bias, activation)",
            "(activated(sum, activation) + bias)", "low_rank_small_batch_test"),
+    # What low_rank's decode kernels do to a sum on its way to y.
+    Mutant("ending: residual goes through the activation", LOW_RANK + "epilogue.h",
+           "return activated(sum + bias, activation) + residual;", "return activated(sum + bias + residual, activation);",
+           "low_rank_decode_test"),
+    Mutant("ending: gelu of the unscaled sum", LOW_RANK + "epilogue.h", "erff(z * kRootHalf)", "erff(z)", "low_rank_decode_test"),
+    Mutant("ending: tanh in place of the exact gelu", LOW_RANK + "epilogue.h",
+           "return 0.5f * z * (1 + erff(z * kRootHalf));",
+           "return 0.5f * z * (1 + tanhf(kRootTwoOverPi * (z + 0.044715f * z * z * z)));", "low_rank_decode_test"),
+    Mutant("ending: residual of the column beside", LOW_RANK + "decode.cu", "device::load(p.residual + at)",
+           "device::load(p.residual + (at ^ 1))", "low_rank_decode_test"),
+    Mutant("ending: activation forgotten", LOW_RANK + "decode.cu", "finished(sum, bias, p.activation, residual)",
+           "finished(sum, bias, Activation::none, residual)", "low_rank_decode_test"),
 ]
 
 

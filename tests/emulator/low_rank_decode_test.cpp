@@ -41,11 +41,19 @@ DecodePlan plan_of(const Shape& s, bool is_two_launches) {
   return plan;
 }
 
+// What is done to a sum on its way to y, apart from the bias.
+struct Ending {
+  Activation activation = Activation::none;
+  std::vector<uint16_t> residual;  // [m, n] or empty
+};
+
 // Runs the op `times` over, outputs and workspace poisoned again before each; the counter goes on from `count`.
 template <class T>
-Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::Options options, int times = 1, uint64_t count = 0) {
+Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::Options options, int times = 1, uint64_t count = 0,
+            const Ending& ending = {}) {
   const DecodePlan plan = plan_of(s, is_two_launches);
   emulator::Buffer<uint16_t> x("x", in.x), v("v", in.v), u("u", in.u), bias("bias", in.bias);
+  emulator::Buffer<uint16_t> residual("residual", ending.residual);
   emulator::Buffer<uint16_t> y("y", size_t(s.m) * s.n), h("h", s.wants_h ? size_t(s.m) * s.r : 0);
   emulator::Buffer<float> partials("partials", size_t(plan.splits) * s.m * s.r);
   emulator::Buffer<uint64_t> counter("counter", 1);
@@ -53,8 +61,10 @@ Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::
   Outputs out;
   for (int i = 0; i < times; ++i) {
     y.poison(), h.poison(), partials.poison();
-    DecodeParams p{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr, partials.data(), s.wants_h ? h.data() : nullptr,
-                   y.data(), is_two_launches ? nullptr : counter.data(), s.m, s.n, s.k, s.r, 0, 0, 0};
+    DecodeParams p{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr,
+                   ending.residual.empty() ? nullptr : residual.data(), ending.activation, partials.data(),
+                   s.wants_h ? h.data() : nullptr, y.data(), is_two_launches ? nullptr : counter.data(),
+                   s.m, s.n, s.k, s.r, 0, 0, 0};
     const Dtype dtype = std::is_same<T, device::Bf16>::value ? Dtype::bfloat16 : Dtype::float16;
     check::that(launch_decode(plan, p, dtype, nullptr) == nullptr, "the launch");
     emulator::synchronize(options);
@@ -101,6 +111,40 @@ void whole_numbers(uint64_t seed) {
     const Outputs out = run<T>(kRagged[i], known.in, (seed + i) % 2, {seed});
     equal(wide<T>(out.y), known.truth.y, emulator::text("y of shape %zu", i).c_str());
     if (kRagged[i].wants_h) equal(wide<T>(out.h), known.truth.h, emulator::text("h of shape %zu", i).c_str());
+  }
+}
+
+double activation_of(double z, Activation activation) {
+  switch (activation) {
+    case Activation::relu: return std::fmax(z, 0);
+    case Activation::gelu: return z * 0.5 * std::erfc(-z / std::sqrt(2));
+    case Activation::gelu_tanh: return z * 0.5 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (z + 0.044715 * z * z * z)));
+    case Activation::silu: return z / (1 + std::exp(-z));
+    case Activation::none: break;
+  }
+  return z;
+}
+
+// The sums are whole numbers, so nothing is left but the activation's error in float, and one rounding.
+template <class T>
+void activations_and_residuals(uint64_t seed) {
+  const Shape s{11, 72, 40, 83, true, false, 3, kH200};
+  const Operands in = operands<T>(s, true);
+  const Truth truth = truth_of<T>(s, in);
+  std::mt19937_64 random(7);
+  const std::vector<uint16_t> some = normal<T>(random, truth.y.size(), 2);
+  const double roundoff = std::is_same<T, device::Bf16>::value ? 0x1p-8 : 0x1p-11, in_float = 16 * 0x1p-24, least = 0x1p-24;
+  for (Activation activation : {Activation::none, Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+    for (bool has_residual : {false, true}) {
+      const Ending ending{activation, has_residual ? some : std::vector<uint16_t>()};
+      const int number = static_cast<int>(activation);
+      const auto y = wide<T>(run<T>(s, in, (seed + number + has_residual) % 2, {seed}, 1, 0, ending).y);
+      for (size_t i = 0; i < y.size(); ++i) {
+        const double residual = has_residual ? device::widen<T>(some[i]) : 0, active = activation_of(truth.y[i], activation);
+        const double bound = roundoff * std::fabs(active + residual) + in_float * (std::fabs(truth.y[i]) + std::fabs(residual)) + least;
+        if (!(std::fabs(y[i] - (active + residual)) <= bound)) check::equal(y[i], active + residual, "y", number * 10000 + i);
+      }
+    }
   }
 }
 
@@ -197,6 +241,8 @@ int main(int count, char** arguments) {
                      {"ragged shapes, fp16", ragged_shapes<device::Fp16>},
                      {"whole numbers, bf16", whole_numbers<device::Bf16>},
                      {"whole numbers, fp16", whole_numbers<device::Fp16>},
+                     {"activations and residuals, bf16", activations_and_residuals<device::Bf16>},
+                     {"activations and residuals, fp16", activations_and_residuals<device::Fp16>},
                      {"launches one after another", launches_one_after_another},
                      {"two launches, few blocks resident", two_launches_with_few_blocks_resident},
                      {"one launch, few blocks resident", one_launch_with_few_blocks_resident},
