@@ -98,9 +98,13 @@ benches() {
   lowfat bench low_rank --device cuda --shapes 4096:4096:512,4096:14336:1024,768:768:192 --rows 1,4,8,16,64,256,1024,4096 \
     --out "$work/targets" || status=1
   lowfat bench low_rank --device cuda --shapes llama-8b,bert-base --rows 1,4,8,16,64,256 --out "$work/models" || status=1
+  lowfat bench low_rank_group --device cuda --compiled --shapes 4096:4096:512 --rows 1,8,16 --out "$work/group" || status=1
+  lowfat bench low_rank_swiglu --device cuda --compiled --shapes 4096:14336:1024 --rows 1,8,16 --out "$work/swiglu" || status=1
+  lowfat bench low_rank_backward --device cuda --shapes 768:768:96,4096:4096:128 --rows 256,4096 --out "$work/backward" ||
+    status=1
   timeout 200 "$python" -c 'from lowfat.cli import main; main()' bench low_rank --device cuda --compiled \
     --shapes 4096:4096:512,768:768:192 --rows 1,64 --out "$work/compiled" || status=1
-  cp "$work"/*.png "$out" 2> /dev/null
+  cp "$work"/{targets,models,compiled}.png "$out" 2> /dev/null
   return $status
 }
 

@@ -15,13 +15,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("nvcc", "g++", "cmake", "ninja")
+RACES = ("targets", "models", "compiled", "group", "swiglu", "backward")
 TO_TEST = ("pytest", "pytest-timeout", "hypothesis")
-# H200, bf16: (k, n, r) -> {m: (microseconds, times as fast as the better of pair and compiled pair)}
+# H200, bf16: (op, k, n, r) -> {m: (microseconds or None, times as fast as the better of pair and compiled pair)}
 TARGETS = {
-    (4096, 4096, 512): {1: (5.0, 1.35), 4: (5.0, 1.35), 8: (5.0, 1.35), 16: (5.0, 1.35), 64: (6.0, 1.3), 256: (7.5, 1.25),
-                        1024: (16.5, 1.15)},
-    (4096, 14336, 1024): {1: (12.8, 1.12), 256: (18, 1.15), 1024: (66, 1.05)},
-    (768, 768, 192): {1: (3.3, 1.4), 4: (3.3, 1.4), 8: (3.3, 1.4), 16: (3.3, 1.4), 64: (3.3, 1.4), 4096: (7.8, 1.25)},
+    ("low_rank", 4096, 4096, 512): {1: (5.0, 1.35), 4: (5.0, 1.35), 8: (5.0, 1.35), 16: (5.0, 1.35), 64: (6.0, 1.3),
+                                    256: (7.5, 1.25), 1024: (16.5, 1.15)},
+    ("low_rank", 4096, 14336, 1024): {1: (12.8, 1.12), 256: (18, 1.15), 1024: (66, 1.05)},
+    ("low_rank", 768, 768, 192): {1: (3.3, 1.4), 4: (3.3, 1.4), 8: (3.3, 1.4), 16: (3.3, 1.4), 64: (3.3, 1.4),
+                                  4096: (7.8, 1.25)},
+    ("low_rank_group", 4096, 4096, 512): {1: (9.8, 1.6)},
+    ("low_rank_swiglu", 4096, 14336, 1024): {1: (23.5, 1.3)},
+    ("low_rank_backward", 768, 768, 96): {4096: (None, 1.15)},
+    ("low_rank_backward", 4096, 4096, 128): {4096: (None, 1.15)},
 }
 
 
@@ -74,7 +80,7 @@ def sanitizer_rows(work: Path) -> list[dict]:
 def report(work: Path, out: Path) -> dict:
     """Everything that the phases left in `work`; nothing where one has not run."""
     found = {"machine": machine(), "commit": commit(), "phases": lines(out / "phases")}
-    for name in ("conformance", "variants", "targets", "models", "compiled"):
+    for name in ("conformance", "variants", *RACES):
         path = work / f"{name}.json"
         found[name] = json.loads(path.read_text()) if path.exists() else None
     found["tests"], found["sanitizers"] = tests(work / "tests.xml"), sanitizer_rows(work)
@@ -118,12 +124,14 @@ def table(found: dict) -> str:
              for row in found["sanitizers"]]
     rows = target_rows(found)
     if rows:
-        text += ["", f"{'k -> n, rank':22}{'m':>5}  {'ran':9}" + "".join(
+        text += ["", f"{'op':18}{'k -> n, rank':20}{'m':>5}  {'ran':9}" + "".join(
             f"{title:>8}" for title in ("us", "target", "ratio", "target", "chain", "floor"))]
         for row in rows:
             said = "" if row["met"] else " ".join(["  MISSED", *row["failed_gates"]])
-            text.append(f"{row['sizes']:22}{row['m']:>5}  {row['ran']:9}{row['us']:8.2f}{row['target_us']:8.1f}"
-                        f"{row['ratio']:8.2f}{row['target_ratio']:8.2f}{row['chain']:8.2f}{row['of_floor']:8.0%}{said}")
+            target_us, chain = (f"{row[name]:8.{digits}f}" if row[name] else f"{'-':>8}"
+                                for name, digits in (("target_us", 1), ("chain", 2)))
+            text.append(f"{row['op']:18}{row['sizes']:20}{row['m']:>5}  {row['ran']:9}{row['us']:8.2f}{target_us}"
+                        f"{row['ratio']:8.2f}{row['target_ratio']:8.2f}{chain}{row['of_floor']:8.0%}{said}")
     if variants := found["variants"]:
         faster = sum(row["two_over_one"] < 1 for row in variants)
         bad = [row for row in variants if not row["same_bits"] or row["wrong_elements"]]
@@ -133,22 +141,27 @@ def table(found: dict) -> str:
 
 def target_rows(found: dict) -> list[dict]:
     """The measured rows that have a target, met where both its time and its ratio are reached."""
-    if not found["targets"]:
-        return []
-    key = lambda row: (row["k"], row["n"], row["r"], row["m"])  # noqa: E731
-    chains = {key(row): row["faster"] for row in found["targets"]["chains"]}
-    compiled = {key(row): row["compiled_us"] / row["us"] for row in (found["compiled"] or {"rows": []})["rows"]}
     rows = []
-    for row in found["targets"]["rows"]:
-        target = TARGETS.get(key(row)[:3], {}).get(row["m"])
-        if target is None:
-            continue
-        ratio = min(row["faster"], compiled.get(key(row), row["faster"]))
-        rows.append({"sizes": f"{row['k']} -> {row['n']}, {row['r']}", "m": row["m"], "ran": row["ran"].split()[0],
-                     "us": row["us"], "target_us": target[0], "ratio": ratio, "target_ratio": target[1], "chain": chains[key(row)],
-                     "of_floor": row["of_floor"], "failed_gates": row["failed_gates"],
-                     "met": row["us"] <= target[0] and ratio >= target[1] and not row["failed_gates"]})
+    for race in filter(None, map(found.get, ("targets", "group", "swiglu", "backward"))):
+        op, chains = race["header"]["op"], {key(row): row["faster"] for row in race["chains"]}
+        compiled = {key(row): row for row in (found["compiled"] or {"rows": []})["rows"]} if op == "low_rank" else {}
+        rows += [judged(op, row, compiled.get(key(row), row), chains.get(key(row))) for row in race["rows"]
+                 if row["m"] in TARGETS.get((op, row["k"], row["n"], row["r"]), {})]
     return rows
+
+
+def key(row: dict) -> tuple:
+    return row["k"], row["n"], row["r"], row["m"]
+
+
+def judged(op: str, row: dict, raced: dict, chain: float | None) -> dict:
+    """raced: the row where torch.compile took part, if there is one."""
+    target_us, target_ratio = TARGETS[op, row["k"], row["n"], row["r"]][row["m"]]
+    ratio = min(row["faster"], raced["compiled_us"] / raced["us"] if "compiled_us" in raced else row["faster"])
+    met = ratio >= target_ratio and not row["failed_gates"] and (target_us is None or row["us"] <= target_us)
+    return {"op": op, "sizes": f"{row['k']} -> {row['n']}, {row['r']}", "m": row["m"], "ran": row["ran"].split()[0],
+            "us": row["us"], "target_us": target_us, "ratio": ratio, "target_ratio": target_ratio, "chain": chain,
+            "of_floor": row["of_floor"], "failed_gates": row["failed_gates"], "met": met}
 
 
 def main() -> int:

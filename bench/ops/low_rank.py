@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lowfat.bench.low_rank import SCALE, measure
+from lowfat.bench import low_rank
+from lowfat.bench.measure import measure
 from lowfat.bench.shapes import layers
 from lowfat.bench.timing import Pool, header, markdown
 
@@ -87,10 +88,10 @@ def main() -> int:
 
     result = {"header": header(options.threads), "rows": []}
     for dtype in options.dtypes:
-        pool = Pool(DTYPES[dtype], SCALE)
+        pool = Pool(DTYPES[dtype], low_rank.SCALE)
         for layer in LAYERS:
             for m in options.rows:
-                row = measure(pool, layer, m, options.seconds)
+                row = measure(low_rank, pool, layer, m, options.seconds)
                 result["rows"].append(row)
                 shown = in_words(row)
                 print(dtype, *(f"{key}={shown[key]}" for key in COLUMNS), flush=True)

@@ -55,7 +55,7 @@ def pretended(tmp_path):
     (fake / "words").write_bytes(b"".join([(4).to_bytes(4, "little"), b"case", (1).to_bytes(4, "little"), b"bits"]))
     (fake / "tests").write_text("0")
     (fake / "tests.xml").write_text('<testsuites><testsuite tests="2" failures="0" errors="0" skipped="1"/></testsuites>')
-    (fake / "race.json").write_text(json.dumps({"rows": [ROW], "chains": [ROW], "header": {}, "ceilings": {}}))
+    (fake / "race.json").write_text(json.dumps({"rows": [ROW], "chains": [ROW], "header": {"op": "low_rank"}, "ceilings": {}}))
     (fake / "variants.json").write_text(json.dumps([VARIANT]))
 
     def run(*arguments):
@@ -95,7 +95,7 @@ def test_phases_run_once_and_are_reported(pretended, tmp_path):
     run, fake = pretended
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (fake / "log").read_text().split("\n")[:-1] == ["needs", "pip 90a-real", "tests", "bench", "bench", "bench"]
+    assert (fake / "log").read_text().split("\n")[:-1] == ["needs", "pip 90a-real", "tests"] + ["bench"] * 6
     assert (tmp_path / "out" / "phases").read_text().split("\n")[:-1] == [f"{i} passed" for i in range(1, 6)]
     assert "conformance: 1 of 1 passed" in done.stdout and "not run: no compute-sanitizer" in done.stdout
     assert "4096 -> 4096, 512" in done.stdout and "two launches were faster in 1 of 1 races" in done.stdout
@@ -106,7 +106,7 @@ def test_phases_run_once_and_are_reported(pretended, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) <= 8 and not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
     assert run().returncode == 0 and (fake / "log").read_text() == ""  # nothing is left to do
-    assert run("--phase", "4").returncode == 0 and (fake / "log").read_text() == "bench\n" * 3
+    assert run("--phase", "4").returncode == 0 and (fake / "log").read_text() == "bench\n" * 6
 
 
 @needs_bash
@@ -115,7 +115,7 @@ def test_a_failed_phase_fails_the_run_and_comes_again(pretended, tmp_path):
     (fake / "tests").write_text("1")
     done = run()
     assert done.returncode == 1 and "2 failed" in (tmp_path / "out" / "phases").read_text()
-    assert (fake / "log").read_text().count("bench") == 3  # the others go on
+    assert (fake / "log").read_text().count("bench") == 6  # the others go on
     (fake / "tests").write_text("0")
     assert run().returncode == 0 and (fake / "log").read_text() == "tests\n"
 
@@ -142,13 +142,23 @@ def test_after_a_failed_build_nothing_runs(pretended, tmp_path):
 
 
 def test_targets_are_compared_with_the_better_pair():
-    module, targets = report(), {"rows": [ROW], "chains": [ROW]}
+    module, targets = report(), {"rows": [ROW], "chains": [ROW], "header": {"op": "low_rank"}}
     assert [row["met"] for row in module.target_rows({"targets": targets, "compiled": None})] == [True]
     slower = {"rows": [ROW | {"compiled_us": 5.0}]}  # of the compiled pair, 1.11 times
     assert [row["met"] for row in module.target_rows({"targets": targets, "compiled": slower})] == [False]
     for change in ({"us": 5.1}, {"faster": 1.3}, {"failed_gates": ["G3"]}):
-        missed = {"rows": [ROW | change], "chains": [ROW]}
+        missed = targets | {"rows": [ROW | change]}
         assert [row["met"] for row in module.target_rows({"targets": missed, "compiled": None})] == [False]
+
+
+def test_a_target_without_a_time_and_a_race_without_a_chain():
+    """Backward has a ratio alone to reach; against a compiled composition in its own race, if that is the better one."""
+    module = report()
+    row = {name: value for name, value in ROW.items() if name != "compiled_us"} | {"k": 768, "n": 768, "r": 96, "m": 4096}
+    for change, met in (({}, True), ({"faster": 1.1}, False), ({"compiled_us": 4.6}, False)):
+        race = {"header": {"op": "low_rank_backward"}, "rows": [row | change], "chains": []}
+        [found] = module.target_rows({"backward": race, "compiled": None})
+        assert (found["met"], found["target_us"], found["chain"]) == (met, None, None)
 
 
 def test_sanitizers_must_find_what_was_planted(tmp_path):
