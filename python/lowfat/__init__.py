@@ -1,5 +1,6 @@
 """lowfat: LOW-rank and FActorized Transformers. Importing it imports torch and nothing else of size."""
 from ._native import build_info, kernels
+from .blocks import Blocks, group_blocks, ungroup_blocks
 from .calibrate import Calibration, calibrate
 from .checkpoint import export_dense, load, save
 from .evaluate import evaluate
@@ -10,5 +11,6 @@ from .recovery import finetune
 from .stats import Stats
 from .structures import LowRank, LowRankGroup
 
-__all__ = ["Calibration", "Choice", "LowRank", "LowRankGroup", "Plan", "Report", "Stats", "build_info", "calibrate", "evaluate",
-           "export_dense", "factorize", "finetune", "kernels", "load", "low_rank", "plan", "save"]
+__all__ = ["Blocks", "Calibration", "Choice", "LowRank", "LowRankGroup", "Plan", "Report", "Stats", "build_info",
+           "calibrate", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "kernels", "load",
+           "low_rank", "plan", "save", "ungroup_blocks"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import storage
+from .blocks import Blocks, group_blocks
 from .errors import ArgumentError, IntegrityError, LowfatError, NumericsError, ShapeError
 from .layers import dense_weight, factorizable, replace, sizes, skipped
 from .manifest import digest
@@ -47,6 +48,7 @@ class Report:
     """What factorize() did, layer by layer."""
     layers: list[LayerReport]
     skipped: dict[str, str] = field(default_factory=dict)  # every other weight matrix, and why
+    blocks: Blocks = field(default_factory=Blocks)  # which now run their projections of one input as one call
 
     @property
     def parameters(self) -> int:
@@ -63,8 +65,8 @@ class Report:
 
     def to_json(self) -> dict:
         """Plain JSON."""
-        return {"layers": [asdict(layer) for layer in self.layers], "skipped": self.skipped, "parameters": self.parameters,
-                "dense_parameters": self.dense_parameters, "ratio": self.ratio}
+        return {"layers": [asdict(layer) for layer in self.layers], "skipped": self.skipped, "blocks": asdict(self.blocks),
+                "parameters": self.parameters, "dense_parameters": self.dense_parameters, "ratio": self.ratio}
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
         from .checkpoint import attach
 
         attach(model)
-    report.skipped = left_alone
+    report.skipped, report.blocks = left_alone, group_blocks(model)
     return report
 
 

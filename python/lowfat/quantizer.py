@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import manifest
+from .blocks import group_blocks
 from .errors import FormatError, IntegrityError
 from .layers import replace
 from .strict_json import read_json
@@ -96,6 +97,7 @@ class FactorQuantizer(HfQuantizer):
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
+        group_blocks(model)
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:

@@ -122,6 +122,10 @@ def show_report(report, folder: Path) -> None:
             out.print(f"{layer.name}: {note}", soft_wrap=True)
     for reason, count in Counter(report.skipped.values()).items():
         out.print(f"{counted(count, 'other weight')} left alone: {reason}", soft_wrap=True)
+    for what, count in Counter(report.blocks.grouped.values()).items():
+        out.print(f"{counted(count, 'block')}: {what} in one call", soft_wrap=True)
+    for reason, count in Counter(report.blocks.others.values()).items():
+        out.print(f"{counted(count, 'block')} with a call for each layer: {reason}", soft_wrap=True)
     out.print(f"{millions(report.parameters)} of {millions(report.dense_parameters)} parameters kept in these layers "
               f"({percent(report.ratio)}); written to {folder}", soft_wrap=True)
 
