@@ -16,8 +16,7 @@ import building  # noqa: E402  (beside this file)
 
 needs_host = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"),
                                 reason="the emulator switches stacks on Linux x86-64 only")
-
-
+one_process = pytest.mark.xdist_group("plain")  # a run is asked for twice
 
 @cache
 def ran(name: str, mode: str) -> subprocess.CompletedProcess:
@@ -32,7 +31,7 @@ def ran(name: str, mode: str) -> subprocess.CompletedProcess:
 
 @needs_host
 @pytest.mark.timeout(300)  # a build, on a machine that does other things
-@pytest.mark.parametrize("mode", ["plain", "sanitized"])
+@pytest.mark.parametrize("mode", [pytest.param("plain", marks=one_process), "sanitized"])
 @pytest.mark.parametrize("name", building.tests())
 def test_executable(name, mode):
     done = ran(name, mode)
@@ -43,6 +42,7 @@ def test_executable(name, mode):
 @needs_host
 @pytest.mark.skipif(not nvcc(), reason="no nvcc on the path")
 @pytest.mark.timeout(600)
+@one_process
 def test_the_kernels_that_nvcc_compiles_are_those_that_were_emulated(tmp_path):
     sources = sorted((building.ROOT / "csrc").glob("*/*.cu"))
     compiled = {symbol for source in sources for arch in ARCHS for symbol in symbols(source, arch, tmp_path / "cubin")}

@@ -25,7 +25,7 @@ def compiled(tmp_path_factory):
 
 
 class TestCompiled:
-    pytestmark = [*needs_tools, pytest.mark.timeout(300)]
+    pytestmark = [*needs_tools, pytest.mark.timeout(300), pytest.mark.xdist_group("sass")]
 
     @pytest.mark.parametrize("arch", ARCHS)
     @pytest.mark.parametrize("source", SOURCES)
