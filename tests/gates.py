@@ -82,11 +82,11 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return t.movedim(-1, 0).contiguous().movedim(0, -1)
     if layout == "strided":
-        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), dtype=t.dtype)
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), dtype=t.dtype, device=t.device)
         wide[..., 1::2] = t
         return wide[..., 1::2]
     if layout == "offset":
-        flat = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype)
+        flat = torch.full((t.numel() + 1,), float("nan"), dtype=t.dtype, device=t.device)
         flat[1:] = t.reshape(-1)
         return flat[1:].view(t.shape)
     raise ValueError(layout)
