@@ -21,6 +21,13 @@
 
 namespace device {
 
+// Code for other GPUs has the kernels' names, because the host code is one for all, and nothing in them.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroupProducts = false;
+#else
+constexpr bool kHasWarpgroupProducts = true;
+#endif
+
 enum class Major { k, mn };  // which index of an operand is contiguous
 
 constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;

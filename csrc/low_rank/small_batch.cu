@@ -32,13 +32,6 @@
 
 namespace low_rank {
 
-// Code for other GPUs has the kernels' names, because the host code is one for all, and nothing in them.
-#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr bool kHasWarpgroupProducts = false;
-#else
-constexpr bool kHasWarpgroupProducts = true;
-#endif
-
 template <class T, int kTokenCount>
 struct SmallBatchConfig {
   using Element = T;
@@ -316,7 +309,7 @@ LOWFAT_DEVICE void second_product(const SmallBatchSecond& p) {
 // Two blocks, one of each kernel, share a multiprocessor.
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 2) small_batch_first(const __grid_constant__ SmallBatchFirst p) {
-  if constexpr (kHasWarpgroupProducts) {
+  if constexpr (device::kHasWarpgroupProducts) {
     first_product<Config>(p);
   } else {
     device::unreachable_here();
@@ -325,7 +318,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2) small_batch_first(const _
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 2) small_batch_second(const __grid_constant__ SmallBatchSecond p) {
-  if constexpr (kHasWarpgroupProducts) {
+  if constexpr (device::kHasWarpgroupProducts) {
     second_product<Config>(p);
   } else {
     device::unreachable_here();
