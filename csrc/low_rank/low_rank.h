@@ -5,6 +5,7 @@
 
 #include "host/op_table.h"
 #include "low_rank/activation.h"
+#include "low_rank/chain_layout.h"
 #include "low_rank/decode_layout.h"
 #include "low_rank/small_batch_layout.h"
 
@@ -82,6 +83,24 @@ struct SmallBatchOperands {
 
 // Returns null, or what CUDA says is wrong.
 const char* launch_small_batch(const SmallBatchPlan& plan, const SmallBatchOperands& operands, Dtype dtype, void* stream);
+
+// The chained kernel of an sm_90 (chain.cu); elements are bf16 or fp16, every row 16-byte aligned.
+struct ChainOperands {
+  const uint16_t* x;         // [m, k]
+  const uint16_t* v;         // [r, k]
+  const uint16_t* u;         // [n, r]
+  const uint16_t* bias;      // [n] or null, at any address
+  const uint16_t* residual;  // [m, n] or null
+  Activation activation;
+  uint16_t* h;               // [m, r], written before it is read
+  uint16_t* y;               // [m, n]
+  float* partials;           // [chain_partials], workspace, 16-byte aligned; null where there are none
+  uint32_t* counters;        // [kChainCounters], zero; zero again when the kernel has ended
+  int m, n, k, r;
+};
+
+// Returns null, or what CUDA says is wrong.
+const char* launch_chain(const ChainPlan& plan, const ChainOperands& operands, Dtype dtype, void* stream);
 
 // What the host side asks of CUDA (gpu.cu).
 struct Gpu {
