@@ -42,15 +42,15 @@ def low_rank_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[
 
 def kernels_here() -> list[tuple[str, str]]:
     """(op, path) of every kernel that this GPU is meant to run."""
-    small = [("low_rank", "small batch")] if torch.cuda.get_device_capability() == (9, 0) else []
-    return [("low_rank", "decode"), *small, ("low_rank_backward", "kernels")]
+    hopper = [("low_rank", "small batch"), ("low_rank", "chain")] if torch.cuda.get_device_capability() == (9, 0) else []
+    return [("low_rank", "decode"), *hopper, ("low_rank_backward", "kernels")]
 
 
 def main() -> int:
     torch.manual_seed(0)
     before, status = {(op, path): _native.calls(op, "cuda", path) for op, path in kernels_here()}, 0
     for dtype in (torch.bfloat16, torch.float16):
-        for op, m in ((low_rank, 1), (low_rank, 16), (low_rank, 100), (low_rank_backward, 100)):
+        for op, m in ((low_rank, 1), (low_rank, 16), (low_rank, 100), (low_rank, 300), (low_rank_backward, 100)):
             failed = op(m, dtype)
             print("FAIL" if failed else "pass", op.__name__, dtype, f"m = {m}", *failed)
             status |= bool(failed)

@@ -68,8 +68,9 @@ def config(**problem):
 def test_path_for_every_m(dtype, device):
     has_kernel = dtype in {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}[device]
     for m in range(20_001):
-        has_small_batch = has_kernel and device == "cuda" and m <= 256
-        due = "empty" if m == 0 else "decode" if m <= 16 and has_kernel else "small batch" if has_small_batch else "library"
+        on_gpu = "small batch" if m <= 256 else "chain" if m < 4096 else "library"  # 4 tiles of h to 128 rows: 128 at most
+        more = on_gpu if has_kernel and device == "cuda" else "library"
+        due = "empty" if m == 0 else "decode" if m <= 16 and has_kernel else more
         assert config(m=m, dtype=dtype, device=device)["path"] == due, m
 
 
@@ -103,6 +104,26 @@ def test_plan_of_small_batch_launches():
     found = config(m=256, device="cuda")  # 64 tiles of u, 8 of v in clusters of 8: twice that fills 132 multiprocessors
     assert found == {"path": "small batch", "first_tokens": 128, "first_grid": 128, "cluster": 8,
                      "second_tokens": 128, "second_grid": 128, "prefetch": 8}
+
+
+@needs_library
+@pytest.mark.parametrize("m, problem, path", [
+    (257, {}, "chain"), (4095, {}, "chain"), (4096, {}, "library"), (300, {"dtype": "float16"}, "chain"),
+    (300, {"dtype": "float32"}, "library"), (300, {"is_aligned": False}, "library"),
+    (300, {"k": 4100}, "library"), (300, {"r": 500}, "library"), (300, {"n": 4097}, "library"),  # rows of 16 bytes, of y too
+    (300, {"k": 0}, "library"), (300, {"r": 0}, "library"), (300, {"n": 0}, "library"),
+    (300, {"k": 1 << 20, "n": 1 << 20}, "chain"), (300, {"n": (1 << 20) + 8}, "library"),
+    (2048, {"r": 1024}, "chain"), (2049, {"r": 1024}, "library"),  # 16 x 8 tiles of h for 132 multiprocessors, 17 x 8
+    (4095, {"r": 520}, "library"), (4095, {"sm_count": 128}, "library"), (4095, {"sm_count": 129}, "chain"),
+    (300, {"arch": 80, "sm_count": 108}, "library"), (300, {"arch": 89}, "library"), (300, {"arch": 100}, "library")])
+def test_which_problems_the_chained_kernel_covers(m, problem, path):
+    assert config(m=m, device="cuda", **problem)["path"] == path
+
+
+@needs_library
+def test_plan_of_a_chained_launch():
+    found = config(m=1024, device="cuda")  # 8 x 4 tiles of h: four splits of k fill 132 multiprocessors, five do not fit
+    assert found == {"path": "chain", "first_tiles": 32, "splits": 4, "second_tiles": 256, "grid": 132, "smem_bytes": 231424}
 
 
 @needs_library

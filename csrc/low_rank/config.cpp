@@ -40,7 +40,7 @@ int shared_memory_of(int arch) {
 
 // Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one
 // launch, because that needs nothing of the stream before it. Then, on the GPU that they are made for, the small-batch
-// kernels.
+// kernels; and one launch for both products as long as the tiles of the first do not fill the GPU.
 Config cuda_config(const Problem& p) {
   Config config;
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return config;
@@ -48,9 +48,12 @@ Config cuda_config(const Problem& p) {
   if (p.m <= kDecodeRows) {
     config.plan = plan_decode(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch), false);
     if (config.plan.token_tiles > 0) config.path = Path::decode;
-  } else if (p.arch == 90) {
+  } else if (p.arch == 90 && p.m <= kSmallBatchRows) {
     config.batch = plan_small_batch(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
     if (config.batch.first.tokens > 0) config.path = Path::small_batch;
+  } else if (p.arch == 90 && p.m < kChainRows) {
+    config.chain = plan_chain(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
+    if (config.chain.row_blocks > 0 && first_tiles(config.chain) < p.sm_count) config.path = Path::chain;
   }
   return config;
 }
@@ -60,6 +63,7 @@ const char* name_of_path(Path path) {
     case Path::empty: return "empty";
     case Path::decode: return "decode";
     case Path::small_batch: return "small batch";
+    case Path::chain: return "chain";
     case Path::library: break;
   }
   return "library";
@@ -91,6 +95,14 @@ Described describe(const Problem& p) {
                            {"second_tokens", second.tokens},
                            {"second_grid", second.items},
                            {"prefetch", second.weight_slots}});
+  }
+  if (config.path == Path::chain) {
+    const ChainPlan& plan = config.chain;
+    all.insert(all.end(), {{"first_tiles", first_tiles(plan)},
+                           {"splits", plan.splits},
+                           {"second_tiles", chain_units(plan) - first_units(plan)},
+                           {"grid", plan.grid},
+                           {"smem_bytes", plan.smem_bytes}});
   }
   return all;
 }

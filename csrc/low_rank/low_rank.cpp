@@ -23,7 +23,7 @@ namespace {
 CallCounter decode_calls("low_rank", "cpu", "decode"), library_calls("low_rank", "cpu", "library");
 #ifdef LOWFAT_CUDA
 CallCounter cuda_decode_calls("low_rank", "cuda", "decode"), cuda_small_batch_calls("low_rank", "cuda", "small batch"),
-    cuda_library_calls("low_rank", "cuda", "library");
+    cuda_chain_calls("low_rank", "cuda", "chain"), cuda_library_calls("low_rank", "cuda", "library");
 #endif
 
 struct Sizes {
@@ -144,8 +144,9 @@ Result library_cuda(const Arguments& in) {
   return library(in);
 }
 
-// The small-batch kernels are nothing but machine code for an sm_90: a build with none of it, or with PTX, has the library.
-bool has_small_batch() {
+// The small-batch and chained kernels are nothing but machine code for an sm_90: a build with none of it, or with PTX, has
+// the library.
+bool has_sm_90a_code() {
   static const bool is_built = [] {
     const std::vector<std::string> archs = compiled_cuda_archs();
     return std::find(archs.begin(), archs.end(), "sm_90a") != archs.end();
@@ -165,6 +166,31 @@ void small_batch_cuda(const Arguments& in, const Sizes& s, const SmallBatchPlan&
   check_launch("low_rank", launch_small_batch(plan, p, s.dtype, stream), gpu.arch);
 }
 
+// h as above. False: there are no counters left.
+bool chain_cuda(const Arguments& in, const Sizes& s, const ChainPlan& plan, const Tensor& h, const Tensor& y, void* stream,
+                const Gpu& gpu) {
+  const char* error = nullptr;
+  uint32_t* counters = chain_counters(s.kind.device_index, stream, error);
+  check_launch("low_rank", error, gpu.arch);
+  if (!counters) return false;
+  cuda_chain_calls.count();
+  Kind floats = s.kind;
+  floats.dtype = aoti_torch_dtype_float32();
+  ChainOperands p{};
+  std::optional<Tensor> partials;
+  if (chain_partials(plan) > 0) {
+    partials = empty(floats, {chain_partials(plan)});
+    p.partials = static_cast<float*>(partials->mutable_data_ptr());
+  }
+  p.x = elements(in.x), p.v = elements(in.v), p.u = elements(in.u), p.bias = in.bias ? elements(*in.bias) : nullptr;
+  p.h = static_cast<uint16_t*>(h.mutable_data_ptr());
+  p.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  p.counters = counters;
+  p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
+  check_launch("low_rank", launch_chain(plan, p, s.dtype, stream), gpu.arch);
+  return true;
+}
+
 Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, bool keep_h) {
   const Sizes s = check(x, v, u, bias);
   const int device = s.kind.device_index;
@@ -174,7 +200,7 @@ Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std
   const bool aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
   const Config config =
       choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned});
-  const bool is_missing = config.path == Path::small_batch && !has_small_batch();
+  const bool is_missing = (config.path == Path::small_batch || config.path == Path::chain) && !has_sm_90a_code();
   if (config.path == Path::library || is_missing) return library_cuda(in);
   Result result{empty_rows(in.x, s.kind, s.n), std::nullopt};
   if (keep_h) result.h = empty_rows(in.x, s.kind, s.r);
@@ -185,6 +211,10 @@ Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std
     const Tensor h = keep_h ? *result.h : empty_rows(in.x, s.kind, s.r);
     small_batch_cuda(in, s, config.batch, h, result.y, stream, gpu);
     return result;
+  }
+  if (config.path == Path::chain) {
+    const Tensor h = keep_h ? *result.h : empty_rows(in.x, s.kind, s.r);
+    return chain_cuda(in, s, config.chain, h, result.y, stream, gpu) ? result : library_cuda(in);
   }
   const char* error = nullptr;
   uint64_t* counter = grid_counter(device, stream, config.plan.grid, error);

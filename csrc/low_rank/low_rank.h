@@ -11,9 +11,11 @@
 
 namespace low_rank {
 
-constexpr int64_t kDecodeRows = 16;  // m up to which a pass over the weights costs more than the arithmetic
+constexpr int64_t kDecodeRows = 16;       // m up to which a pass over the weights costs more than the arithmetic
+constexpr int64_t kSmallBatchRows = 256;  // m up to which one block can have all rows
+constexpr int64_t kChainRows = 4096;      // m from which the library's two products fill a GPU well enough
 
-enum class Path { empty, decode, small_batch, library };
+enum class Path { empty, decode, small_batch, chain, library };
 
 struct Config {
   Path path = Path::library;
@@ -22,6 +24,7 @@ struct Config {
   int64_t second_grain = 0;  // CPU: row tiles of u per task; 0: one thread does all
   DecodePlan plan;           // GPU, decode
   SmallBatchPlan batch;      // GPU, small batch
+  ChainPlan chain;           // GPU, chain
 };
 
 Config choose_config(const Problem& problem);
@@ -112,5 +115,8 @@ Gpu gpu_of(int device);
 // The barrier's counter for grids of one size on one stream of the current device; null when there are no more, or, with
 // `error` set, when CUDA says that something is wrong.
 uint64_t* grid_counter(int device, void* stream, int grid, const char*& error);
+
+// kChainCounters for chained kernels on one stream of the current device, zero when none of them runs; null as above.
+uint32_t* chain_counters(int device, void* stream, const char*& error);
 
 }  // namespace low_rank

@@ -70,7 +70,7 @@ def test_a_graph_replays_with_new_values():
         assert torch.equal(y, OPS.low_rank(x, *factors))
 
 
-@pytest.mark.parametrize("shape", [(257, 64, 8, 8), (32, 68, 8, 8), (32, 64, 12, 8), (32, 64, 8, 9)])
+@pytest.mark.parametrize("shape", [(32, 68, 8, 8), (32, 64, 12, 8), (32, 64, 8, 9)])
 def test_the_library_does_the_rest(shape):
     x, v, u, bias = args = operands(*shape, torch.bfloat16)
     before = paths()

@@ -1,0 +1,106 @@
+"""The chained kernel of low_rank on an sm_90: that it runs where it is meant to, and passes the gates."""
+import pytest
+import torch
+from torch.nn.functional import linear
+
+import gates
+from lowfat import _native
+
+OPS = torch.ops.lowfat
+HALVES = (torch.bfloat16, torch.float16)
+# m, k, r, n: ragged sizes; a tail of each tile; splits of k; rings that go around; layers of models
+SHAPES = {"smallest": (257, 8, 8, 8), "ragged": (300, 264, 72, 136), "splits": (257, 4096, 512, 520),
+          "long": (400, 65536, 200, 40), "wide": (1000, 136, 1032, 18432), "bert": (512, 768, 192, 3072),
+          "llama": (1024, 4096, 512, 4096), "most rows": (4095, 4096, 512, 4096)}
+
+
+def is_sm_90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not is_sm_90(), reason="the kernel is machine code for sm_90 alone")]
+
+
+def paths() -> dict[str, int]:
+    return {path: _native.calls("low_rank", "cuda", path) for path in ("decode", "small batch", "chain", "library")}
+
+
+def operands(m, k, r, n, dtype):
+    v, u = torch.randn(r, k) / k**0.5, torch.randn(n, r) / r**0.5
+    return tuple(t.to("cuda", dtype) for t in (torch.randn(m, k), v, u, torch.randn(n)))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_kernel_within_the_gates(shape, dtype):
+    x, v, u, bias = args = operands(*shape, dtype)
+    known, before = gates.chain(x, v.T, u.T, bias=bias), paths()
+    found = gates.check_call(OPS.low_rank, args)
+    y, h = gates.check_call(OPS.low_rank_training, args)
+    assert paths() == before | {"chain": before["chain"] + 4}  # check_call calls twice
+    assert torch.equal(found, y)
+    assert gates.failed_gates(found, linear(linear(x, v), u, bias), known) == []
+    assert gates.failed_gates(h, linear(x, v), gates.chain(x, v.T)) == []
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [257, 384, 385, 1024])
+def test_whole_numbers_are_exact(m, dtype):
+    args = gates.whole_inputs(m, 520, 136, 200, dtype)
+    x, v, u, bias = args
+    exact = gates.chain(x, v.T, u.T, bias=bias).y64
+    assert gates.exact_gate(OPS.low_rank(*(t.cuda() for t in args)).cpu(), exact)
+
+
+@pytest.mark.parametrize("name", ["llama", "most rows"])
+def test_the_same_bits_every_time(name):
+    args = operands(*SHAPES[name], torch.bfloat16)
+    first = OPS.low_rank(*args)
+    assert all(torch.equal(OPS.low_rank(*args), first) for _ in range(200))
+
+
+def test_a_graph_replays_with_new_values():
+    x, *factors = operands(*SHAPES["llama"], torch.bfloat16)
+    OPS.low_rank(x, *factors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = OPS.low_rank(OPS.low_rank(x, *factors), *factors)  # two launches with the same counters
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, OPS.low_rank(OPS.low_rank(x, *factors), *factors))
+
+
+def test_streams_have_counters_of_their_own():
+    args = operands(*SHAPES["llama"], torch.bfloat16)
+    due = OPS.low_rank(*args)
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(50):
+        for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                found.append(OPS.low_rank(*args))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, due) for y in found)
+
+
+def test_bias_at_any_address():
+    x, v, u, bias = operands(*SHAPES["ragged"], torch.bfloat16)
+    before = paths()
+    assert torch.equal(OPS.low_rank(x, v, u, gates.laid_out(bias, "offset")), OPS.low_rank(x, v, u, bias))
+    assert paths()["chain"] == before["chain"] + 2
+
+
+@pytest.mark.parametrize("shape", [(4096, 64, 8, 8), (300, 68, 8, 8), (300, 64, 12, 8), (300, 64, 8, 9), (2049, 8, 1024, 8)])
+def test_the_library_does_the_rest(shape):
+    x, v, u, bias = args = operands(*shape, torch.bfloat16)
+    before = paths()
+    assert torch.equal(OPS.low_rank(*args), linear(linear(x, v), u, bias))
+    assert paths() == before | {"library": before["library"] + 1}
+
+
+def test_operands_off_their_alignment_go_to_the_library():
+    x, v, u, bias = operands(300, 64, 8, 8, torch.bfloat16)
+    before = paths()
+    assert torch.equal(OPS.low_rank(gates.laid_out(x, "offset"), v, u, bias), linear(linear(x, v), u, bias))
+    assert paths()["library"] == before["library"] + 1
