@@ -49,8 +49,8 @@ struct Ending {
 
 // Runs the op `times` over, outputs and workspace poisoned again before each; the counter goes on from `count`.
 template <class T>
-Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::Options options, int times = 1, uint64_t count = 0,
-            const Ending& ending = {}) {
+Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::Options options, int times = 1,
+            uint64_t count = 0, const Ending& ending = {}) {
   const DecodePlan plan = plan_of(s, is_two_launches);
   emulator::Buffer<uint16_t> x("x", in.x), v("v", in.v), u("u", in.u), bias("bias", in.bias);
   emulator::Buffer<uint16_t> residual("residual", ending.residual);
@@ -114,11 +114,13 @@ void whole_numbers(uint64_t seed) {
   }
 }
 
+constexpr double kPi = 3.14159265358979323846;
+
 double activation_of(double z, Activation activation) {
   switch (activation) {
     case Activation::relu: return std::fmax(z, 0);
     case Activation::gelu: return z * 0.5 * std::erfc(-z / std::sqrt(2));
-    case Activation::gelu_tanh: return z * 0.5 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (z + 0.044715 * z * z * z)));
+    case Activation::gelu_tanh: return z * 0.5 * (1 + std::tanh(std::sqrt(2 / kPi) * (z + 0.044715 * z * z * z)));
     case Activation::silu: return z / (1 + std::exp(-z));
     case Activation::none: break;
   }
@@ -134,15 +136,16 @@ void activations_and_residuals(uint64_t seed) {
   std::mt19937_64 random(7);
   const std::vector<uint16_t> some = normal<T>(random, truth.y.size(), 2);
   const double roundoff = std::is_same<T, device::Bf16>::value ? 0x1p-8 : 0x1p-11, in_float = 16 * 0x1p-24, least = 0x1p-24;
-  for (Activation activation : {Activation::none, Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+  for (int number = 0; number <= static_cast<int>(Activation::silu); ++number) {
+    const Activation activation = static_cast<Activation>(number);
     for (bool has_residual : {false, true}) {
       const Ending ending{activation, has_residual ? some : std::vector<uint16_t>()};
-      const int number = static_cast<int>(activation);
       const auto y = wide<T>(run<T>(s, in, (seed + number + has_residual) % 2, {seed}, 1, 0, ending).y);
       for (size_t i = 0; i < y.size(); ++i) {
         const double residual = has_residual ? device::widen<T>(some[i]) : 0, active = activation_of(truth.y[i], activation);
-        const double bound = roundoff * std::fabs(active + residual) + in_float * (std::fabs(truth.y[i]) + std::fabs(residual)) + least;
-        if (!(std::fabs(y[i] - (active + residual)) <= bound)) check::equal(y[i], active + residual, "y", number * 10000 + i);
+        const double size = std::fabs(truth.y[i]) + std::fabs(residual), due = active + residual;
+        const double bound = roundoff * std::fabs(due) + in_float * size + least;
+        if (!(std::fabs(y[i] - due) <= bound)) check::equal(y[i], due, "y", number * 10000 + i);
       }
     }
   }
