@@ -79,13 +79,17 @@ LOWFAT_CONSTEXPR SecondShare second_share(int n, int r, int grid, int block) {
 
 LOWFAT_CONSTEXPR int items_of(const SecondShare& s) { return (s.tiles.last - s.tiles.first) * s.steps; }
 
-LOWFAT_CONSTEXPR Range warp_items(const SecondShare& s, int warp) {
+template <class Share>
+LOWFAT_CONSTEXPR Range warp_items(const Share& s, int warp) {
   return {smaller(warp * s.each, items_of(s)), smaller((warp + 1) * s.each, items_of(s))};
 }
 
-// The warps that have items of a tile (counted from the block's first); none of those in between is without.
+// The warps that have these items; none of those in between is without.
+LOWFAT_CONSTEXPR Range warps_of_items(int each, int first, int last) { return {first / each, (last - 1) / each + 1}; }
+
+// The same of a tile, counted from the block's first.
 LOWFAT_CONSTEXPR Range warps_of_tile(const SecondShare& s, int tile) {
-  return {tile * s.steps / s.each, ((tile + 1) * s.steps - 1) / s.each + 1};
+  return warps_of_items(s.each, tile * s.steps, (tile + 1) * s.steps);
 }
 
 // Where the sums of a tile and a warp meet those of other warps. Warps and tiles only go up along the list, so no two pairs
@@ -111,11 +115,16 @@ struct DecodeMemory {
   int bytes;
 };
 
-LOWFAT_CONSTEXPR DecodeMemory decode_memory(int token_tiles, int tiles, int r, int prefetch) {
+// row_of_h: elements from token to token. bias_bytes: a multiple of 16.
+LOWFAT_CONSTEXPR DecodeMemory decode_regions(int token_tiles, int tiles, int bias_bytes, int row_of_h, int prefetch) {
   const int bias = slots_for(tiles) * slot_floats(token_tiles) * 4;
-  const int h = bias + tiles * kTileRows * 2;
-  const int weights = h + token_tiles * kTokenTile * h_stride(r) * 2;
+  const int h = bias + bias_bytes;
+  const int weights = h + token_tiles * kTokenTile * row_of_h * 2;
   return {0, bias, h, weights, weights + kDecodeWarps * prefetch * kItemBytes};
+}
+
+LOWFAT_CONSTEXPR DecodeMemory decode_memory(int token_tiles, int tiles, int r, int prefetch) {
+  return decode_regions(token_tiles, tiles, tiles * kTileRows * 2, h_stride(r), prefetch);
 }
 
 // A 16-byte piece of u among those of its block: half 0 is the lane's upper row.
@@ -135,17 +144,34 @@ struct DecodePlan {
   int first_smem_bytes = 0;  // of the first one; 0: one launch
 };
 
-// As few blocks as take no longer than all multiprocessors would, and as much of u on its way as shared memory holds. In two
-// launches a block of each shares a multiprocessor: 1 KB of its memory is kept for each block.
+// Whether the kernels have registers and 32-bit numbers for these sizes, apart from n.
+LOWFAT_CONSTEXPR bool is_covered(int64_t m, int64_t k, int64_t r) {
+  return m >= 1 && m <= 2 * kTokenTile && k >= 8 && k <= kDecodeMaxDepth && k % 8 == 0 && r >= 8 && r <= kDecodeMaxRank &&
+         r % 8 == 0;
+}
+
+LOWFAT_CONSTEXPR int splits_of(int row_tiles, int64_t k, int sm_count) {
+  return larger(1, smaller(sm_count / row_tiles, static_cast<int>(k) / (kDecodeWarps * kStep)));
+}
+
+// As few blocks as take no longer over `items` than all multiprocessors would.
+LOWFAT_CONSTEXPR int blocks_for(int items, int sm_count) {
+  return items == 0 ? 1 : parts_of(items, parts_of(items, sm_count));
+}
+
+// As much of u on its way as shared memory holds.
+LOWFAT_CONSTEXPR int prefetch_of(int items, int least_bytes, int smem_limit) {
+  return smaller(parts_of(items, kDecodeWarps), (smem_limit - least_bytes) / (kDecodeWarps * kItemBytes));
+}
+
+// In two launches a block of each shares a multiprocessor: 1 KB of its memory is kept for each block.
 LOWFAT_CONSTEXPR DecodePlan plan_decode(int64_t m, int64_t n, int64_t k, int64_t r, int sm_count, int smem_limit,
                                         bool is_two_launches) {
   DecodePlan plan;
-  if (m < 1 || m > 2 * kTokenTile || n < 1 || n > kDecodeMaxColumns || sm_count < 1) return plan;
-  if (k < 8 || k > kDecodeMaxDepth || k % 8 || r < 8 || r > kDecodeMaxRank || r % 8) return plan;
+  if (!is_covered(m, k, r) || n < 1 || n > kDecodeMaxColumns || sm_count < 1) return plan;
   const int row_tiles = parts_of(static_cast<int>(r), kTileRows), column_tiles = parts_of(static_cast<int>(n), kTileRows);
-  plan.splits = larger(1, smaller(sm_count / row_tiles, static_cast<int>(k) / (kDecodeWarps * kStep)));
-  const int units = row_tiles * plan.splits;
-  plan.grid = larger(parts_of(units, parts_of(units, sm_count)), parts_of(column_tiles, parts_of(column_tiles, sm_count)));
+  plan.splits = splits_of(row_tiles, k, sm_count);
+  plan.grid = larger(blocks_for(row_tiles * plan.splits, sm_count), blocks_for(column_tiles, sm_count));
   plan.tiles = parts_of(column_tiles, plan.grid);
   const int token_tiles = m <= kTokenTile ? 1 : 2, rank = static_cast<int>(r);
   if (is_two_launches) {
@@ -155,8 +181,7 @@ LOWFAT_CONSTEXPR DecodePlan plan_decode(int64_t m, int64_t n, int64_t k, int64_t
   const int least = decode_memory(token_tiles, plan.tiles, rank, 0).bytes;
   if (least > smem_limit) return DecodePlan();
   plan.token_tiles = token_tiles;
-  plan.prefetch = smaller(parts_of(plan.tiles * parts_of(rank, kStep), kDecodeWarps),
-                          (smem_limit - least) / (kDecodeWarps * kItemBytes));
+  plan.prefetch = prefetch_of(plan.tiles * parts_of(rank, kStep), least, smem_limit);
   plan.smem_bytes = decode_memory(token_tiles, plan.tiles, rank, plan.prefetch).bytes;
   return plan;
 }
