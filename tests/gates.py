@@ -3,7 +3,7 @@ catches stray writes."""
 import ctypes
 import mmap
 from collections.abc import Callable, Sequence
-from math import prod, sqrt
+from math import pi, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -62,14 +62,27 @@ def gradient_chains(dy: Tensor, x: Tensor, v: Tensor, u: Tensor) -> dict[str, Ch
     return {"dx": chain(dy, u, v), "dv": chain(u.T, dy.T, x), "du": chain(v, x.T, dy), "db": chain(ones, dy)}
 
 
+ACTIVATIONS = {"none": lambda z: z, "relu": lambda z: z.clamp(min=0), "gelu": lambda z: z * torch.special.ndtr(z),
+               "gelu_tanh": lambda z: z / 2 * (1 + torch.tanh(sqrt(2 / pi) * (z + 0.044715 * z**3))),
+               "silu": lambda z: z * torch.sigmoid(z)}
 SLOPES = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1}  # the steepest that each gets
+
+
+def finished(z: Chain, activation: str, residual: Tensor | None = None) -> Chain:
+    """The activation of a chain, plus the residual, where both that and the chain itself may have been stored."""
+    y, slope = ACTIVATIONS[activation](z.y64), SLOPES[activation]
+    mids, magnitude = [slope * mid for mid in (*z.mids, z.y64.abs())], slope * z.magnitude
+    if residual is not None:
+        mids, magnitude, y = [*mids, y.abs()], magnitude + residual.double().abs(), y + residual.double()
+    return Chain(y, mids, magnitude, z.length + 2, z.roundings)
 
 
 def product_of(gate: Chain, up: Chain) -> Chain:
     """silu(gate) * up, where gate, its silu and up may each have been stored."""
-    silu, slope = torch.nn.functional.silu(gate.y64).abs(), SLOPES["silu"] * up.y64.abs()
+    y, slope = ACTIVATIONS["silu"](gate.y64), SLOPES["silu"] * up.y64.abs()
+    silu = y.abs()
     mids = [slope * mid for mid in (*gate.mids, gate.y64.abs())] + [silu * mid for mid in (*up.mids, up.y64.abs())]
-    return Chain(torch.nn.functional.silu(gate.y64) * up.y64, [*mids, silu * up.y64.abs()],
+    return Chain(y * up.y64, [*mids, silu * up.y64.abs()],
                  slope * gate.magnitude + silu * up.magnitude, gate.length + up.length, min(gate.roundings, up.roundings))
 
 

@@ -80,10 +80,15 @@ inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.c
 // bf16 or fp16, as kernels take them.
 inline const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 
+// One of torch's ops that return a tensor, through its boxed dispatcher.
+template <class... Arguments>
+Tensor call_torch(const char* op, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The library's x w^T + bias: what an op does where its kernel does not win.
 inline Tensor library_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias = std::nullopt) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_torch("aten::linear", "", x, w, bias);
 }

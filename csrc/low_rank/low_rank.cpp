@@ -2,6 +2,7 @@
 #include "low_rank/low_rank.h"
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <new>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "host/call_counter.h"
 #include "host/tensor.h"
+#include "low_rank/forward.h"
 #ifdef LOWFAT_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
@@ -26,31 +28,41 @@ CallCounter cuda_decode_calls("low_rank", "cuda", "decode"), cuda_small_batch_ca
     cuda_chain_calls("low_rank", "cuda", "chain"), cuda_library_calls("low_rank", "cuda", "library");
 #endif
 
-struct Sizes {
-  int64_t m, n, k, r;
-  Kind kind;  // of every tensor
-  Dtype dtype;
-};
+constexpr std::array<const char*, 5> kActivations{"none", "relu", "gelu", "gelu_tanh", "silu"};  // in their order
 
-struct Result {
-  Tensor y;                 // [..., n]
-  std::optional<Tensor> h;  // [..., r], where it was asked for
-};
+Activation activation_of(const std::string& name) {
+  const auto found = std::find(kActivations.begin(), kActivations.end(), name);
+  STD_TORCH_CHECK(found != kActivations.end(), "low_rank: activation is '", name,
+                  "', must be one of none, relu, gelu, gelu_tanh, silu");
+  return static_cast<Activation>(found - kActivations.begin());
+}
 
-// The conditions that the Python function checks with a named error, for callers of torch.ops.lowfat.low_rank.
-Sizes check(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.dim() >= 1, "low_rank: x has no dimensions, must be [..., k]");
-  STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, "low_rank: v has ", v.dim(), " and u ", u.dim(),
-                  " dimensions, must be [r, k] and [n, r]");
-  const Kind kind = kind_of(x);
-  const Sizes s{rows_of(x), u.size(0), v.size(1), v.size(0), kind, dtype_of(kind)};
-  STD_TORCH_CHECK(x.size(x.dim() - 1) == s.k, "low_rank: x has ", x.size(x.dim() - 1), " features, v has ", s.k);
-  STD_TORCH_CHECK(u.size(1) == s.r, "low_rank: u has rank ", u.size(1), ", v has rank ", s.r);
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.n), "low_rank: bias must be [", s.n, "], the rows of u");
-  STD_TORCH_CHECK(kind_of(v) == kind && kind_of(u) == kind && (!bias || kind_of(*bias) == kind),
-                  "low_rank: x, v, u and bias must have one dtype (or use autocast) and be on one device");
-  STD_TORCH_CHECK(s.dtype != Dtype::other, "low_rank: x must be float64, float32, float16 or bfloat16");
+bool has_shape_of_y(const Tensor& t, const Tensor& x, int64_t n) {
+  if (t.dim() != x.dim() || t.size(t.dim() - 1) != n) return false;
+  const auto sizes = t.sizes(), x_sizes = x.sizes();
+  return std::equal(sizes.begin(), sizes.end() - 1, x_sizes.begin());
+}
+
+Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+            const Epilogue& epilogue) {
+  const Sizes s = low_rank::check(who, x, v, u, bias);
+  const std::optional<Tensor>& residual = epilogue.residual;
+  STD_TORCH_CHECK(!residual || has_shape_of_y(*residual, x, s.n), who.op, ": residual must be [..., ", s.n,
+                  "] with the leading sizes of x");
+  STD_TORCH_CHECK(!residual || kind_of(*residual) == s.kind, who.op, ": residual must have the dtype and device of x");
   return s;
+}
+
+// The epilogue where no kernel does it: by torch's ops, each of which rounds.
+Tensor finished(Tensor y, const Epilogue& epilogue) {
+  switch (epilogue.activation) {
+    case Activation::relu: y = call_torch("aten::relu_", "", y); break;
+    case Activation::gelu: y = call_torch("aten::gelu_", "", y, std::string("none")); break;
+    case Activation::gelu_tanh: y = call_torch("aten::gelu_", "", y, std::string("tanh")); break;
+    case Activation::silu: y = call_torch("aten::silu_", "", y); break;
+    case Activation::none: break;
+  }
+  return epilogue.residual ? torch::stable::subtract(y, *epilogue.residual, -1) : y;  // the stable ABI has no other sum
 }
 
 CpuKernel cpu_kernel([[maybe_unused]] CpuLevel level, Dtype dtype, [[maybe_unused]] int64_t m) {
@@ -105,9 +117,7 @@ Result library(const Arguments& in) {
   return {std::move(y), std::move(h)};
 }
 
-Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, bool keep_h) {
-  const Sizes s = check(x, v, u, bias);
-  const Arguments in(x, v, u, bias);
+Result product_cpu(const Sizes& s, const Arguments& in, bool keep_h) {
   const Config config = choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cpu, cpu_level()});
   if (config.path == Path::library) {
     library_calls.count();
@@ -128,12 +138,17 @@ Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std:
 }
 
 Tensor low_rank_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
-  return forward_cpu(x, v, u, bias, false).y;
+  return forward_cpu({}, x, v, u, bias, false).y;
+}
+
+Tensor low_rank_epilogue_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+                             const std::string& activation, const std::optional<Tensor>& residual) {
+  return forward_cpu({}, x, v, u, bias, false, {activation_of(activation), residual}).y;
 }
 
 std::tuple<Tensor, Tensor> low_rank_training_cpu(const Tensor& x, const Tensor& v, const Tensor& u,
                                                  const std::optional<Tensor>& bias) {
-  Result result = forward_cpu(x, v, u, bias, true);
+  Result result = forward_cpu({}, x, v, u, bias, true);
   return {std::move(result.y), std::move(*result.h)};
 }
 
@@ -191,11 +206,8 @@ bool chain_cuda(const Arguments& in, const Sizes& s, const ChainPlan& plan, cons
   return true;
 }
 
-Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, bool keep_h) {
-  const Sizes s = check(x, v, u, bias);
+Result product_cuda(const Sizes& s, const Arguments& in, bool keep_h) {
   const int device = s.kind.device_index;
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Arguments in(x, v, u, bias);
   const Gpu gpu = gpu_of(device);
   const bool aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
   const Config config =
@@ -236,28 +248,74 @@ Result forward_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std
 }
 
 Tensor low_rank_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
-  return forward_cuda(x, v, u, bias, false).y;
+  return forward_cuda({}, x, v, u, bias, false).y;
+}
+
+Tensor low_rank_epilogue_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+                              const std::string& activation, const std::optional<Tensor>& residual) {
+  return forward_cuda({}, x, v, u, bias, false, {activation_of(activation), residual}).y;
 }
 
 std::tuple<Tensor, Tensor> low_rank_training_cuda(const Tensor& x, const Tensor& v, const Tensor& u,
                                                   const std::optional<Tensor>& bias) {
-  Result result = forward_cuda(x, v, u, bias, true);
+  Result result = forward_cuda({}, x, v, u, bias, true);
   return {std::move(result.y), std::move(*result.h)};
 }
 
 #endif
 
 }  // namespace
+
+Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() >= 1, who.op, ": x has no dimensions, must be [..., k]");
+  STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, who.op, ": ", who.of("v"), " has ", v.dim(), " and ", who.of("u"), " ",
+                  u.dim(), " dimensions, must be [r, k] and [n, r]");
+  const Kind kind = kind_of(x);
+  const Sizes s{rows_of(x), u.size(0), v.size(1), v.size(0), kind, dtype_of(kind)};
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == s.k, who.op, ": x has ", x.size(x.dim() - 1), " features, ", who.of("v"), " has ",
+                  s.k);
+  STD_TORCH_CHECK(u.size(1) == s.r, who.op, ": ", who.of("u"), " has rank ", u.size(1), ", ", who.of("v"), " has rank ",
+                  s.r);
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.n), who.op, ": ", who.of("bias"), " must be [", s.n,
+                  "], the rows of ", who.of("u"));
+  STD_TORCH_CHECK(kind_of(v) == kind && kind_of(u) == kind && (!bias || kind_of(*bias) == kind), who.op, ": x, ",
+                  who.of("v"), ", ", who.of("u"), " and ", who.of("bias"),
+                  " must have one dtype (or use autocast) and be on one device");
+  STD_TORCH_CHECK(s.dtype != Dtype::other, who.op, ": x must be float64, float32, float16 or bfloat16");
+  return s;
+}
+
+Result forward_cpu(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+                   bool keep_h, const Epilogue& epilogue) {
+  const Sizes s = check(who, x, v, u, bias, epilogue);
+  Result result = product_cpu(s, Arguments(x, v, u, bias), keep_h);
+  if (!epilogue.is_none()) result.y = finished(std::move(result.y), epilogue);
+  return result;
+}
+
+#ifdef LOWFAT_CUDA
+Result forward_cuda(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+                    bool keep_h, const Epilogue& epilogue) {
+  const Sizes s = check(who, x, v, u, bias, epilogue);
+  const torch::stable::accelerator::DeviceGuard guard(s.kind.device_index);
+  Result result = product_cuda(s, Arguments(x, v, u, bias), keep_h);
+  if (!epilogue.is_none()) result.y = finished(std::move(result.y), epilogue);
+  return result;
+}
+#endif
+
 }  // namespace low_rank
 
 STABLE_TORCH_LIBRARY_IMPL(lowfat, CPU, m) {
   m.impl("low_rank", TORCH_BOX(&low_rank::low_rank_cpu));
+  m.impl("low_rank_epilogue", TORCH_BOX(&low_rank::low_rank_epilogue_cpu));
   m.impl("low_rank_training", TORCH_BOX(&low_rank::low_rank_training_cpu));
 }
 
 #ifdef LOWFAT_CUDA
 STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) {
   m.impl("low_rank", TORCH_BOX(&low_rank::low_rank_cuda));
+  m.impl("low_rank_epilogue", TORCH_BOX(&low_rank::low_rank_epilogue_cuda));
   m.impl("low_rank_training", TORCH_BOX(&low_rank::low_rank_training_cuda));
 }
 #endif

@@ -58,6 +58,7 @@ CALLERS = {
     "torch.ops.lowfat.low_rank_backward": Caller(  # the bias is added outside, and rounds once more
         lambda *args: through_backward(*args), named=False,
         framework=lambda x, v, u, bias=None: linear(linear(x, v), u) + (0 if bias is None else bias)),
+    "torch.ops.lowfat.low_rank_epilogue": Caller(lambda *args: through_epilogue(*args), named=False),
     "low_rank_group": Caller(lambda *args: through_group(low_rank_group, *args), named=True),
     "torch.ops.lowfat.low_rank_group": Caller(lambda *args: through_group(torch.ops.lowfat.low_rank_group, *args),
                                               named=False),
@@ -65,6 +66,13 @@ CALLERS = {
     "torch.ops.lowfat.low_rank_swiglu": Caller(lambda *args: through_swiglu(torch.ops.lowfat.low_rank_swiglu, *args),
                                                named=False),
 }
+
+
+def through_epilogue(x, v, u, bias=None):
+    """With a residual of zeros."""
+    has_sizes = isinstance(x, Tensor) and isinstance(u, Tensor) and x.dim() and u.dim()
+    residual = torch.zeros_like(x[..., :1]).expand(*x.shape[:-1], u.shape[0]) if has_sizes and x.shape[-1] else None
+    return torch.ops.lowfat.low_rank_epilogue(x, v, u, bias, "none", residual)
 
 
 def through_group(op, x, v, u, bias=None):

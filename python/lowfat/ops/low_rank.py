@@ -1,21 +1,30 @@
-"""y = (x v^T) u^T + bias, the rank-r middle h rounded once.   x [..., k]   v [r, k]   u [n, r]   bias [n]   y [..., n]"""
+"""y = (x v^T) u^T + bias, the rank-r middle h rounded once.   x [..., k]   v [r, k]   u [n, r]   bias [n]   y [..., n]
+
+low_rank_epilogue: then an activation of y, and a residual [..., n] that is added to it, in this order. An op of its own: a
+string among the arguments makes a call of 4.4 us one of 4.8."""
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, relu, silu
 
-from ..errors import DeviceError, DtypeError, ShapeError, UnsupportedError
-from ._library import autocast, below_autograd, define, differentiable, in_transform, refuse
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
+from ._library import autocast, below_autograd, composite_gradient, define, differentiable, in_transform, is_recorded, refuse
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = {"none": lambda y: y, "relu": relu, "gelu": gelu, "gelu_tanh": partial(gelu, approximate="tanh"), "silu": silu}
 
 
 def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, dy: Tensor | None = None,
-          h: Tensor | None = None, *, op: str = "low_rank", of: str = "") -> None:
+          h: Tensor | None = None, *, activation: str = "none", residual: Tensor | None = None, op: str = "low_rank",
+          of: str = "") -> None:
     """Raise the error that names what is wrong with these arguments, if anything is. of: which member of a group."""
     tensors = {"x": x, f"v{of}": v, f"u{of}": u}
-    tensors |= {name: t for name, t in ((f"bias{of}", bias), ("dy", dy), ("h", h)) if t is not None}
+    others = ((f"bias{of}", bias), ("dy", dy), ("h", h), ("residual", residual))
+    tensors |= {name: t for name, t in others if t is not None}
+    if activation not in list(ACTIVATIONS):  # a list: what cannot be hashed is no activation either
+        raise ArgumentError(f"{op}: activation is {activation!r}, must be one of {', '.join(ACTIVATIONS)}")
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise DtypeError(f"{op}: {name} must be a tensor, found {type(t).__name__}")
@@ -39,7 +48,7 @@ def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, dy: Tenso
                          f"(u{of} {[*u.shape]}, v{of} {[*v.shape]})")
     if bias is not None and bias.shape != u.shape[:1]:
         raise ShapeError(f"{op}: bias{of} {list(bias.shape)} must be [{u.shape[0]}], the rows of u{of} {list(u.shape)}")
-    for name, t, size in (("dy", dy, u.shape[0]), ("h", h, v.shape[0])):
+    for name, t, size in (("dy", dy, u.shape[0]), ("h", h, v.shape[0]), ("residual", residual, u.shape[0])):
         if t is not None and t.shape != (*x.shape[:-1], size):
             raise ShapeError(f"{op}: {name} {list(t.shape)} must be {[*x.shape[:-1], size]}")
 
@@ -71,19 +80,46 @@ def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, u: Te
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (dx, dv, du, db))
 
 
+def reference_epilogue(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, activation: str,
+                       residual: Tensor | None = None) -> Tensor:
+    check(x, v, u, bias, activation=activation, residual=residual)
+    return _finished(reference(x, v, u, bias), activation, residual)
+
+
+def composition_epilogue(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None, activation: str,
+                         residual: Tensor | None = None) -> Tensor:
+    """The same, of ops that have a gradient."""
+    check(x, v, u, bias, activation=activation, residual=residual)
+    return _finished(low_rank(x, v, u, bias), activation, residual)
+
+
+def _finished(y: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    y = ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
 _forward = define("low_rank(Tensor x, Tensor v, Tensor u, Tensor? bias=None) -> Tensor", reference)
 _training = define("low_rank_training(Tensor x, Tensor v, Tensor u, Tensor? bias=None) -> (Tensor y, Tensor h)",
                    reference_training)
 _backward = define("low_rank_backward(Tensor dy, Tensor x, Tensor? h, Tensor v, Tensor u, int needs)"
                    " -> (Tensor dx, Tensor dv, Tensor du, Tensor db)", reference_backward, casts=False)
 _recorded = differentiable(_forward, _training, _backward, reference=reference_training, read=3)
+_epilogue = define("low_rank_epilogue(Tensor x, Tensor v, Tensor u, Tensor? bias, str activation, Tensor? residual=None)"
+                   " -> Tensor", reference_epilogue)
+composite_gradient(_epilogue, composition_epilogue)
 
 
-def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, *, activation: str = "none",
+             residual: Tensor | None = None) -> Tensor:
     """Multiply by a rank-r weight u v, never forming it.   x [..., k]   v [r, k]   u [n, r]   bias [n]   returns [..., n]
 
-    Raises ShapeError, DtypeError or DeviceError, naming the argument. Second derivatives raise UnsupportedError, and so do
-    tensors that torch cannot route to the op (sparse, sharded)."""
+    activation: of the result, one of none, relu, gelu (exact), gelu_tanh (its approximation) and silu.
+    residual [..., n]: added to that, in the dtype of x; under autocast it is cast like every other argument.
+
+    Raises ShapeError, DtypeError, DeviceError or ArgumentError, naming the argument. Second derivatives raise
+    UnsupportedError, and so do tensors that torch cannot route to the op (sparse, sharded)."""
+    if activation != "none" or residual is not None:
+        return _with_epilogue(x, v, u, bias, activation, residual)
     if torch.compiler.is_compiling():
         return _forward(x, v, u, bias)
     try:  # the ops check their arguments: asking what was wrong only when they refuse saves a third of a small call
@@ -95,3 +131,14 @@ def low_rank(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Ten
         return _recorded(x.contiguous(), v.contiguous(), u.contiguous(), bias)
     except (RuntimeError, TypeError, AttributeError) as error:
         refuse(error, "low_rank", check, x, v, u, bias)
+
+
+def _with_epilogue(x, v, u, bias, activation, residual):
+    if torch.compiler.is_compiling():
+        return _epilogue(x, v, u, bias, activation, residual)
+    try:
+        if is_recorded(x, v, u, bias, residual):
+            return composition_epilogue(*autocast(x, v, u, bias, activation, residual))
+        return below_autograd(_epilogue, x, v, u, bias, activation, residual)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        refuse(error, "low_rank", lambda: check(x, v, u, bias, activation=activation, residual=residual))

@@ -1,0 +1,52 @@
+// low_rank itself, as its host files share it: tensors in, tensors out, by the path that choose_config names.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "host/tensor.h"
+#include "low_rank/activation.h"
+#include "low_rank/low_rank.h"
+
+namespace low_rank {
+
+// Whose arguments these are: errors name the op and, of a group, the member.
+struct Who {
+  const char* op = "low_rank";
+  int64_t member = -1;
+
+  std::string of(const char* argument) const {
+    return member < 0 ? argument : argument + ("[" + std::to_string(member) + "]");
+  }
+};
+
+struct Sizes {
+  int64_t m, n, k, r;
+  Kind kind;  // of every tensor
+  Dtype dtype;
+};
+
+// The conditions that the Python function checks with a named error, for callers of torch.ops.
+Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias);
+
+// What is done to the sum, in this order.
+struct Epilogue {
+  Activation activation = Activation::none;
+  std::optional<Tensor> residual;  // [..., n]
+
+  bool is_none() const { return activation == Activation::none && !residual; }
+};
+
+struct Result {
+  Tensor y;                 // [..., n]
+  std::optional<Tensor> h;  // [..., r], where it was asked for
+};
+
+Result forward_cpu(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+                   bool keep_h, const Epilogue& epilogue = {});
+#ifdef LOWFAT_CUDA
+Result forward_cuda(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+                    bool keep_h, const Epilogue& epilogue = {});
+#endif
+
+}  // namespace low_rank
