@@ -10,7 +10,6 @@ from lowfat import blocks
 
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
              max_position_embeddings=40)
-DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 IDS = torch.arange(18).view(2, 9) * 5 % 97
 
 
@@ -18,7 +17,7 @@ def built(family, **sizes):
     import transformers
 
     head = "ForCausalLM" if family not in ("Bert", "Roberta", "Electra", "DistilBert") else "ForSequenceClassification"
-    if family in (*DECODERS, "Gemma"):
+    if family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"):
         sizes = {"num_key_value_heads": 2, "head_dim": 8} | sizes
     config = getattr(transformers, f"{family}Config")(**SIZES | sizes)
     torch.manual_seed(0)
@@ -33,27 +32,52 @@ def factorized(family, **sizes):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often each of the two ops was called by a block."""
-    calls = {"low_rank_group": 0, "low_rank_swiglu": 0}
+    """How often each of the ops was called by a block."""
+    calls = {"low_rank": 0, "low_rank_group": 0, "low_rank_swiglu": 0}
     for name in calls:
-        def count(*args, op=getattr(blocks, name), name=name):
+        def count(*args, op=getattr(blocks, name), name=name, **options):
             calls[name] += 1
-            return op(*args)
+            return op(*args, **options)
         monkeypatch.setattr(blocks, name, count)
     return calls
 
 
-@pytest.mark.parametrize("family, attention, mlp", [*((one, 2, 2) for one in DECODERS), ("Bert", 2, 0), ("Roberta", 2, 0),
-                                                    ("Electra", 2, 0)])
-def test_the_same_outputs_by_fewer_calls(family, attention, mlp, counted):
+@pytest.mark.parametrize("family, expected", [*((one, {"low_rank": 0, "low_rank_group": 2, "low_rank_swiglu": 2})
+                                                for one in ("Llama", "Mistral", "Qwen2", "Qwen3")),
+                                              *((one, {"low_rank": 6, "low_rank_group": 2, "low_rank_swiglu": 0})
+                                                for one in ("Bert", "Roberta", "Electra"))])
+def test_the_same_outputs_by_fewer_calls(family, expected, counted):
+    """Of two layers: kills a block that is listed and computes as before, and one that changes a bit."""
     model, found = factorized(family)
-    assert len(found.grouped) == attention + mlp and not found.others
+    assert len(found.grouped) == sum(expected.values()) and not found.others
     grouped = model(IDS).logits
-    assert counted == {"low_rank_group": attention, "low_rank_swiglu": mlp}
+    assert counted == expected
     names = list(model.state_dict())
     lowfat.ungroup_blocks(model)
     assert torch.equal(model(IDS).logits, grouped) and list(model.state_dict()) == names
-    assert counted == {"low_rank_group": attention, "low_rank_swiglu": mlp}
+    assert counted == expected
+
+
+@pytest.mark.parametrize("family", ["Bert", "Llama"])
+def test_the_same_outputs_under_autocast(family):
+    """BERT's residual is kept in fp32 there: kills a sum that is rounded with the product."""
+    model, _ = factorized(family)
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(IDS).logits)
+        lowfat.ungroup_blocks(model)
+    assert torch.equal(*found)
+
+
+def test_dropout_stays_between_a_product_and_its_residual(counted):
+    model, _ = factorized("Bert", hidden_dropout_prob=0.3)
+    torch.manual_seed(1)
+    dropped = model.train()(IDS).logits
+    assert counted["low_rank"] == 2  # the activations
+    lowfat.ungroup_blocks(model)
+    torch.manual_seed(1)
+    assert torch.equal(model(IDS).logits, dropped)
 
 
 def test_the_same_gradients():
@@ -107,6 +131,8 @@ def test_a_loaded_model_is_grouped_and_saves_the_same_files(family, tmp_path):
 def test_what_stays_as_it_was_is_listed():
     assert set(factorized("Gemma")[1].others.values()) == {"GemmaAttention is not among the known blocks",
                                                            "GemmaMLP is not among the known blocks"}
+    assert set(factorized("Bert", hidden_act="gelu_new")[1].others.values()) == {
+        "its activation, NewGELUActivation, is none of low_rank's"}
     assert set(factorized("Llama", hidden_act="gelu")[1].others.values()) == {"its activation is GELUActivation, not SiLU"}
     model = built("Llama")
     some = lowfat.plan(model, method="svd", ratio=0.5, layers=["*.q_proj", "*.o_proj"])
