@@ -24,16 +24,11 @@ struct GroupParams {
   float* partials;                    // workspace, as many as the plan says
   uint64_t* counter;                  // the barrier's: see DecodeParams
   int count, m, k;
-  int splits, tiles, prefetch, row_of_h;  // of the plan
+  int splits, tiles, row_of_h, prefetch;  // of the plan
   GroupTable table;                       // of the plan
 };
 
-// The plan of one launch, token_tiles 0 where the kernels do not cover the problem. n, r: [count]; count is 1..kMostMembers, for
-// SwiGLU 2 with equal n.
-GroupPlan plan_group(int64_t m, int64_t k, int count, const int64_t* n, const int64_t* r, bool is_swiglu, int sm_count,
-                     int smem_limit);
-
-// The same by dtype, alignment and GPU of a problem, whose n and r are not read.
+// The plan for a problem's dtype, alignment and GPU; its n and r are not read. token_tiles 0: not with our kernels.
 GroupPlan choose_group(const Problem& problem, int count, const int64_t* n, const int64_t* r, bool is_swiglu);
 
 // Returns null, or what CUDA says is wrong. Fills in what comes from the plan.
