@@ -5,7 +5,7 @@ from lowfat import errors
 
 BUILTINS = {
     "ArgumentError": (ValueError,), "ShapeError": (ValueError,), "DtypeError": (TypeError,), "DeviceError": (RuntimeError,),
-    "NumericsError": (ArithmeticError,), "UnsupportedError": (NotImplementedError,),
+    "IndexRangeError": (IndexError,), "NumericsError": (ArithmeticError,), "UnsupportedError": (NotImplementedError,),
     "FormatError": (ValueError,), "IntegrityError": (ValueError,), "CompatibilityError": (RuntimeError, ImportError),
     "StorageError": (OSError,),
 }

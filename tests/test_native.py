@@ -208,7 +208,8 @@ def test_missing_library_warns_once_and_runs_the_reference():
 
 
 @pytest.mark.parametrize("name, value, valid", [("LOWFAT_CPU_LEVEL", "avx1024", "avx512_bf16, avx2_fma, scalar"),
-                                                ("LOWFAT_DISABLE_KERNELS", "yes", "0 or 1")])
+                                                ("LOWFAT_DISABLE_KERNELS", "yes", "0 or 1"),
+                                                ("LOWFAT_DEBUG_CHECK", "on", "0 or 1")])
 def test_bad_variable(name, value, valid):
     done = run("import lowfat", **{name: value})
     assert done.returncode == 1

@@ -18,8 +18,9 @@ CPU_LEVELS = ("avx512_bf16", "avx2_fma", "scalar")
 def check_environment() -> bool:
     """Whether kernels are wanted. A variable with a value it cannot have raises ArgumentError."""
     disable, level = os.environ.get("LOWFAT_DISABLE_KERNELS", ""), os.environ.get("LOWFAT_CPU_LEVEL", "")
-    if disable not in ("", "0", "1"):
-        raise ArgumentError(f"LOWFAT_DISABLE_KERNELS is {disable!r}, must be 0 or 1")
+    for name in ("LOWFAT_DISABLE_KERNELS", "LOWFAT_DEBUG_CHECK"):
+        if (value := os.environ.get(name, "")) not in ("", "0", "1"):
+            raise ArgumentError(f"{name} is {value!r}, must be 0 or 1")
     if level not in ("", *CPU_LEVELS):
         raise ArgumentError(f"LOWFAT_CPU_LEVEL is {level!r}, must be one of {', '.join(CPU_LEVELS)}")
     return disable != "1"

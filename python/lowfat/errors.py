@@ -23,6 +23,10 @@ class DeviceError(LowfatError, RuntimeError):
     """Tensors on different devices, or a device without what the call needs."""
 
 
+class IndexRangeError(LowfatError, IndexError):
+    """An index tensor whose values are out of range, out of order or repeated."""
+
+
 class NumericsError(LowfatError, ArithmeticError):
     """NaN or infinity where it is refused, or a solver that failed."""
 

@@ -32,7 +32,7 @@ MUTANTS = [  # (file, text, its replacement)
     (OP, "x.new_empty(0) if gradient is None else gradient", "x.new_zeros(1) if gradient is None else gradient"),
     (OP, "x.shape[-1] != v.shape[1]", "False"),
     (OP, "u.shape[1] != v.shape[0]", "False"),
-    (OP, "bias.shape != u.shape[:1]", "bias.dim() != 1"),  # [1] would broadcast
+    (OP, "bias.shape != (n,)", "bias.dim() != 1"),  # [1] would broadcast
     (OP, "t.shape != (*x.shape[:-1], size)", "False"),
     (OP, "if t.dtype != x.dtype", "if False"),
     (OP, "if t.device != x.device", "if False"),

@@ -1,6 +1,7 @@
 """The torch library `lowfat`: how an op is declared, and how it gets its gradient.
 
 A compiled kernel only overrides a device of an op declared here; whatever it does not cover runs the reference."""
+import os
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ from ..errors import LowfatError, UnsupportedError
 
 _library = torch.library.Library("lowfat", "DEF")  # the registrations live as long as this object
 
+CHECKS_INDICES = os.environ.get("LOWFAT_DEBUG_CHECK") == "1"  # on every call, not only where they are built or loaded
 _AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 

@@ -18,10 +18,12 @@ ACTIVATIONS = {"none": lambda y: y, "relu": relu, "gelu": gelu, "gelu_tanh": par
 
 def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, dy: Tensor | None = None,
           h: Tensor | None = None, *, activation: str = "none", residual: Tensor | None = None, op: str = "low_rank",
-          of: str = "") -> None:
-    """Raise the error that names what is wrong with these arguments, if anything is. of: which member of a group."""
-    tensors = {"x": x, f"v{of}": v, f"u{of}": u}
-    others = ((f"bias{of}", bias), ("dy", dy), ("h", h), ("residual", residual))
+          names: tuple[str, str, str] = ("v", "u", "bias"), is_pivoted: bool = False) -> None:
+    """Raise the error that names what is wrong with these arguments, if anything is. names: what another op calls v, u and
+    bias. is_pivoted: y has a column for each row of v, too."""
+    v_name, u_name, bias_name = names
+    tensors = {"x": x, v_name: v, u_name: u}
+    others = ((bias_name, bias), ("dy", dy), ("h", h), ("residual", residual))
     tensors |= {name: t for name, t in others if t is not None}
     if activation not in list(ACTIVATIONS):  # a list: what cannot be hashed is no activation either
         raise ArgumentError(f"{op}: activation is {activation!r}, must be one of {', '.join(ACTIVATIONS)}")
@@ -40,14 +42,17 @@ def check(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, dy: Tenso
     if x.dim() < 1:
         raise ShapeError(f"{op}: x has no dimensions, must be [..., k]")
     if v.dim() != 2 or u.dim() != 2:
-        raise ShapeError(f"{op}: v{of} {list(v.shape)} must be [r, k] and u{of} {list(u.shape)} must be [n, r]")
+        raise ShapeError(f"{op}: {v_name} {list(v.shape)} must be [r, k] and {u_name} {list(u.shape)} must be [n, r]")
     if x.shape[-1] != v.shape[1]:
-        raise ShapeError(f"{op}: x has {x.shape[-1]} features, v{of} has {v.shape[1]} (x {[*x.shape]}, v{of} {[*v.shape]})")
+        raise ShapeError(f"{op}: x has {x.shape[-1]} features, {v_name} has {v.shape[1]} "
+                         f"(x {[*x.shape]}, {v_name} {[*v.shape]})")
     if u.shape[1] != v.shape[0]:
-        raise ShapeError(f"{op}: u{of} has rank {u.shape[1]}, v{of} has rank {v.shape[0]} "
-                         f"(u{of} {[*u.shape]}, v{of} {[*v.shape]})")
-    if bias is not None and bias.shape != u.shape[:1]:
-        raise ShapeError(f"{op}: bias{of} {list(bias.shape)} must be [{u.shape[0]}], the rows of u{of} {list(u.shape)}")
+        raise ShapeError(f"{op}: {u_name} has rank {u.shape[1]}, {v_name} has rank {v.shape[0]} "
+                         f"({u_name} {[*u.shape]}, {v_name} {[*v.shape]})")
+    n = u.shape[0] + v.shape[0] * is_pivoted
+    if bias is not None and bias.shape != (n,):
+        rows = f"{v_name} {list(v.shape)} and of " * is_pivoted + f"{u_name} {list(u.shape)}"
+        raise ShapeError(f"{op}: {bias_name} {list(bias.shape)} must be [{n}], the rows of {rows}")
     for name, t, size in (("dy", dy, u.shape[0]), ("h", h, v.shape[0]), ("residual", residual, u.shape[0])):
         if t is not None and t.shape != (*x.shape[:-1], size):
             raise ShapeError(f"{op}: {name} {list(t.shape)} must be {[*x.shape[:-1], size]}")

@@ -25,7 +25,7 @@ def check(x: Tensor, v: Sequence[Tensor], u: Sequence[Tensor], bias: Sequence[Te
     if not v:
         raise ShapeError(f"{op}: v has no members, must have at least one")
     for i, member in enumerate(zip(v, u, bias)):
-        check_member(x, *member, op=op, of=f"[{i}]")
+        check_member(x, *member, op=op, names=(f"v[{i}]", f"u[{i}]", f"bias[{i}]"))
 
 
 def without(v: Sequence[Tensor]) -> list[None]:
