@@ -91,6 +91,20 @@ def composite_gradient(op: OpOverload, composition: Callable) -> None:
     _library.impl(op._opname, composition, "FuncTorchBatched")
 
 
+def count_writes(op: OpOverload) -> None:
+    """Tell autograd what an op writes to, so that it refuses to go back through a tensor that was saved before."""
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
+
+    def kernel(keyset, *inputs):
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *inputs)
+        changed = (inputs[i] for i in written)
+        torch.autograd.graph.increment_version(tuple(t for t in changed if t is not None and not t.is_inference()))
+        return result
+
+    _library.impl(op._opname, kernel, "ADInplaceOrView", with_keyset=True)
+
+
 def refuse(error: Exception, op: str, check: Callable, *inputs) -> NoReturn:
     """Raise what check finds wrong with these inputs, which an op did not take; else the error that it raised itself."""
     if not isinstance(error, LowfatError):
