@@ -28,20 +28,11 @@
 
 namespace low_rank {
 
-struct PlainForm {
-  using Params = DecodeParams;
-  using Share = SecondShare;
-  using Cursor = low_rank::Cursor;
-
-  LOWFAT_DEVICE static int first_units(const Params& p) { return low_rank::first_units(p.r, p.splits); }
-  LOWFAT_DEVICE static FirstWork first_work(const Params& p, int number) {
-    return {p.v, p.partials, p.r, first_unit(p.k, p.splits, number)};
-  }
+struct PlainForm : SingleForm<DecodeParams> {
   LOWFAT_DEVICE static Share share_of_block(const Params& p) { return second_share(p.n, p.r, gridDim.x, blockIdx.x); }
   LOWFAT_DEVICE static TileOfU u_at(const Params& p, const Share& mine, const Cursor& at) {
     return {p.u, (mine.tiles.first + at.tile) * kTileRows, p.n, p.r};
   }
-  LOWFAT_DEVICE static PlaceOfH h_at(const Params& p, const Share&, const Cursor&) { return {0, h_stride(p.r)}; }
   LOWFAT_DEVICE static DecodeMemory memory(const Params& p, int token_tiles) {
     return decode_memory(token_tiles, p.tiles, p.r, p.prefetch);
   }

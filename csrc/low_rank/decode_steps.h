@@ -1,4 +1,4 @@
-// The steps of low_rank's decode kernels: x times the rows of a first factor, split over k, and h times those of a second one.
+// The steps of low_rank's decode kernels: x times rows of a first factor, split over k, and h times those of a second one.
 // Which rows of which factor, each kernel says by its form.
 #pragma once
 
@@ -219,6 +219,20 @@ struct Cursor {
   LOWFAT_DEVICE bool is_last_step(const AnyParams&, const SecondShare& mine) const { return step == mine.steps - 1; }
 };
 
+// What forms with one v and one second factor have in common.
+template <class AnyParams>
+struct SingleForm {
+  using Params = AnyParams;
+  using Share = SecondShare;
+  using Cursor = low_rank::Cursor;
+
+  LOWFAT_DEVICE static int first_units(const Params& p) { return low_rank::first_units(p.r, p.splits); }
+  LOWFAT_DEVICE static FirstWork first_work(const Params& p, int number) {
+    return {p.v, p.partials, p.r, first_unit(p.k, p.splits, number)};
+  }
+  LOWFAT_DEVICE static PlaceOfH h_at(const Params& p, const Share&, const Cursor&) { return {0, h_stride(p.r)}; }
+};
+
 // A lane's two pieces of a second factor at one step.
 struct PiecesOfU {
   const uint16_t* upper;
@@ -403,6 +417,13 @@ struct Second {
   LOWFAT_DEVICE void prefetch() { prefetched = prefetch_u<Config>(p, mine, smem_weights); }
   LOWFAT_DEVICE void load_rest() {
     load_u<Config>(p, mine, warp_items(mine, device::warp_index()).first + prefetched, first_batch);
+  }
+  LOWFAT_DEVICE void wait_before_prefetched() {  // for copies that were asked for before those of u
+    if (prefetched > 0) {
+      device::wait_copies<1>();
+    } else {
+      device::wait_copies<0>();
+    }
   }
   LOWFAT_DEVICE void multiply() {  // h is in shared memory, for the threads that wrote it
     device::wait_copies<0>();

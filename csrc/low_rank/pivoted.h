@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "host/op_table.h"
-#include "low_rank/decode_layout.h"
+#include "low_rank/decode_pivoted_layout.h"
 
 namespace low_rank {
 
@@ -23,10 +23,7 @@ struct PivotedParams {
   int splits, tiles, prefetch;  // of the plan
 };
 
-// The plan of one launch, token_tiles 0 where the kernels do not cover the problem; n >= r.
-DecodePlan plan_pivoted(int64_t m, int64_t n, int64_t k, int64_t r, int sm_count, int smem_limit);
-
-// The same by dtype, alignment and GPU of a problem.
+// The plan for a problem's dtype, alignment and GPU. token_tiles 0: not with our kernel.
 DecodePlan choose_pivoted(const Problem& problem);
 
 // Returns null, or what CUDA says is wrong. Fills in what comes from the plan.

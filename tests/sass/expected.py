@@ -32,10 +32,9 @@ class Expected:
 
 # low_rank/decode*.cu, kernels made of the same steps. In front of the first barrier stand 16 loads of v (a batch and the one
 # ahead) and one of x for each of their steps at least; then, before h is there, the copies of u: a loop unrolled to 8, and 2
-# for its tail. decode_second loads nothing to registers before it waits (ptxas would put such loads behind ACQBULK). The one
-# fence is the release of the grid's barrier. Narrow loads are of bias and residual, at any address. The last sums of y go
-# through activations.
-DECODE = dict(tensor_core=r"HMMA\.16816\.F32", activation_ffma=36, narrow_loads=True)
+# for its tail, with one more for pivots. decode_second loads nothing to registers before it waits (ptxas would put such loads
+# behind ACQBULK). The one fence is the release of the grid's barrier. Narrow loads are of bias and residual, at any address.
+DECODE = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 # low_rank/backward.cu. In front of the first barrier three stages are asked for, two pieces of each operand; two blocks of the
 # large tile share a multiprocessor, three of the small one. Sums over splits have four loads on their way.
 BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", copies_before_barrier=12)
@@ -52,12 +51,14 @@ CHAIN = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x128x16\.F
              early_tile_loads=5, fences=8, narrow_loads=True)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
-             copies_before_barrier=10, fences=1, **DECODE),
+             copies_before_barrier=10, fences=1, activation_ffma=36, **DECODE),
     Expected("low_rank/decode.cu", r"low_rank::decode_first<", registers=128, weight_loads=40, before_barrier=40, **DECODE),
     Expected("low_rank/decode.cu", r"low_rank::decode_second<", registers=128, weight_loads=32, copies_before_barrier=10,
-             **DECODE),
+             activation_ffma=36, **DECODE),
     Expected("low_rank/decode_group.cu", r"low_rank::decode_group<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, **DECODE),
+    Expected("low_rank/decode_pivoted.cu", r"low_rank::decode_pivoted<", registers=255, weight_loads=80, before_barrier=48,
+             copies_before_barrier=11, fences=1, **DECODE),
     Expected("low_rank/small_batch.cu", r"low_rank::small_batch_first<", tile_loads=2, early_tile_loads=2, fences=4,
              **SMALL_BATCH),
     Expected("low_rank/small_batch.cu", r"low_rank::small_batch_second<", tile_loads=3, early_tile_loads=1, fences=1,
