@@ -30,14 +30,6 @@ Config cpu_config(const Problem& p) {
   return config;
 }
 
-// Bytes of shared memory that a block may have; 0: a GPU for which this build has machine code at best through PTX, where
-// our kernels wait for a measurement.
-int shared_memory_of(int arch) {
-  if (arch == 90) return 227 << 10;
-  if (arch == 80 || arch == 87) return 163 << 10;
-  return arch > 80 && arch < 90 ? 99 << 10 : 0;
-}
-
 // Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one
 // launch, because that needs nothing of the stream before it. Then, on the GPU that they are made for, the small-batch
 // kernels; and one launch for both products as long as the tiles of the first do not fill the GPU.

@@ -29,6 +29,14 @@ struct Config {
 
 Config choose_config(const Problem& problem);
 
+// Bytes of shared memory that a block may have; 0: a GPU for which this build has machine code at best through PTX, where
+// our kernels wait for a measurement.
+inline int shared_memory_of(int arch) {
+  if (arch == 90) return 227 << 10;
+  if (arch == 80 || arch == 87) return 163 << 10;
+  return arch > 80 && arch < 90 ? 99 << 10 : 0;
+}
+
 // One product of the chain: y = x w^T + bias, rounded once.
 struct Product {
   const void* x;     // [m, depth]; on the CPU prepared
