@@ -5,11 +5,13 @@ import torch._dynamo.testing
 from torch.nn.functional import linear
 
 import gates
+from lowfat import _native
 from lowfat.errors import DeviceError, DtypeError, ShapeError
 from lowfat.ops import low_rank, low_rank_group
 from lowfat.ops.low_rank_group import reference
 
 OPS = torch.ops.lowfat
+PATHS = {"cpu": ("members",)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 SIZES = {"one": [(9, 33)], "gate and up": [(9, 33), (16, 33)], "q, k, v": [(16, 64), (5, 8), (3, 17)],
@@ -161,3 +163,20 @@ def test_an_empty_group_is_refused():
     for call in (low_rank_group, OPS.low_rank_group):
         with pytest.raises((ShapeError, RuntimeError), match="low_rank_group: v has no members, must have at least one"):
             call(torch.ones(3, 7), [], [], [])
+
+
+def paths(device):
+    mine = {path: _native.calls("low_rank_group", device, path) for path in PATHS[device]}
+    return mine | {f"member {path}": _native.calls("low_rank", device, path) for path in ("decode", "library")}
+
+
+@pytest.mark.skipif(_native.library_path is None, reason="no compiled library")
+@pytest.mark.parametrize("rows,path", [(1, "decode"), (16, "decode"), (17, "library")])
+def test_the_path_on_a_cpu_is_recorded(rows, path):
+    """T-dispatch-record, with the bits of each member alone."""
+    x, lists = torch.randn(rows, 72).bfloat16(), members(SIZES["q, k, v"], 72, dtype=torch.bfloat16)
+    before = paths("cpu")
+    for call in (low_rank_group, OPS.low_rank_group):
+        found = call(x, *lists)
+        assert all(torch.equal(y, low_rank(x, *member)) for y, *member in zip(found, *lists, strict=True))
+    assert paths("cpu") == before | {"members": before["members"] + 2, f"member {path}": before[f"member {path}"] + 12}

@@ -5,6 +5,7 @@ import torch._dynamo.testing
 from torch.nn.functional import linear, silu
 
 import gates
+from lowfat import _native
 from lowfat.errors import DeviceError, DtypeError, ShapeError
 from lowfat.ops import low_rank, low_rank_swiglu
 from lowfat.ops.low_rank_swiglu import reference
@@ -138,3 +139,18 @@ def test_two_members_are_needed(count):
     for call in (low_rank_swiglu, OPS.low_rank_swiglu):
         with pytest.raises((ShapeError, RuntimeError), match=f"v has {count} members, must have two, gate and up"):
             call(x, v, u, [None] * count)
+
+
+@pytest.mark.skipif(_native.library_path is None, reason="no compiled library")
+@pytest.mark.parametrize("m,path", [(1, "decode"), (17, "library")])
+def test_the_path_on_a_cpu_is_recorded(m, path):
+    """T-dispatch-record, with the bits of two calls."""
+    def paths():
+        return [_native.calls("low_rank_swiglu", "cpu", "members"), _native.calls("low_rank", "cpu", path)]
+
+    x, *lists = operands(m, 72, 16, 9, 40, torch.bfloat16)
+    before = paths()
+    y = OPS.low_rank_swiglu(x, *lists)
+    assert paths() == [before[0] + 1, before[1] + 2]
+    gate, up = (low_rank(x, *member) for member in zip(*lists))
+    assert torch.equal(y, silu(gate) * up)
