@@ -69,7 +69,7 @@ MUTANTS = [  # (file, text, its replacement)
     (LAYER, " or isinstance(size, bool)", ""),
     (LAYER, "tensor.detach().clone(memory_format=torch.contiguous_format)", "tensor.detach()"),  # shares the caller's memory
     (LAYER, "self.v.split(self.ranks)", "self.v.split(self.ranks)[::-1]"),
-    (LAYER, "low_rank(x, v, u, bias) for v", "low_rank(x, v, u) for v"),
+    (LAYER, "self.ranks), u, bias))", "self.ranks), u))"),
     (LAYER, "layer.in_features != layers[0].in_features", "False"),
     (LAYER, "if tensor.dtype != other.dtype", "if False"),
 ]

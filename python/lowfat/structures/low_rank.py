@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
 from ..linalg import truncated_svd
-from ..ops.low_rank import low_rank
+from ..ops import low_rank, low_rank_group
 from .structure import Structure
 
 
@@ -85,8 +85,8 @@ class LowRankGroup(nn.Module):
     """Layers that read the same input (q/k/v, gate/up) as one module, their first factors in one parameter.
 
     v [sum of ranks, k]   u0 [n0, r0], u1 [n1, r1], ...   forward(x [..., k]) -> (y0 [..., n0], y1 [..., n1], ...)
-    Each member is its own call of the op, with its own layer's bits: one product with all of v saved nothing on a CPU at 64
-    rows, and at one row kept bf16 from the compiled kernel, which took twice as long."""
+    One call of the op low_rank_group. On a CPU each member keeps its own layer's bits: one product with all of v saved
+    nothing at 64 rows, and at one row kept bf16 from the compiled kernel, which took twice as long."""
 
     def __init__(self, layers: Sequence[LowRank]):
         super().__init__()
@@ -98,7 +98,8 @@ class LowRankGroup(nn.Module):
             self.register_parameter(f"bias{i}", None if layer.bias is None else nn.Parameter(layer.bias.detach().clone()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(low_rank(x, v, u, bias) for v, (u, bias) in zip(self.v.split(self.ranks), self._last()))
+        u, bias = zip(*self._last())
+        return tuple(low_rank_group(x, self.v.split(self.ranks), u, bias))
 
     def layers(self) -> list[LowRank]:
         """The layers as they were, bit for bit."""
