@@ -11,6 +11,28 @@ bool has_decode(const Problem& p) {
   return p.device == Device::cuda && (p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16) && p.is_aligned;
 }
 
+template <class Plan>
+Described described(const Problem& p, const Plan& plan) {
+  if (p.m == 0) return {{"path", "empty"}};
+  if (plan.token_tiles == 0) return {{"path", "library"}};
+  return {{"path", "decode"},     {"token_tiles", plan.token_tiles}, {"splits", plan.splits},
+          {"grid", plan.grid},    {"tiles", plan.tiles},             {"prefetch", plan.prefetch},
+          {"smem_bytes", plan.smem_bytes}};
+}
+
+GroupPlan of_equal_members(const Problem& p, int count, bool is_swiglu) {
+  const int64_t n[kMostMembers] = {p.n, p.n, p.n, p.n}, r[kMostMembers] = {p.r, p.r, p.r, p.r};
+  return choose_group(p, count, n, r, is_swiglu);
+}
+
+Described describe_group(const Problem& p) { return described(p, of_equal_members(p, p.members, false)); }
+Described describe_swiglu(const Problem& p) { return described(p, of_equal_members(p, 2, true)); }
+Described describe_pivoted(const Problem& p) { return described(p, choose_pivoted(p)); }
+
+const RegisterOp registered_group({"low_rank_group", {}, compiled_cuda_archs(), &describe_group});
+const RegisterOp registered_swiglu({"low_rank_swiglu", {}, compiled_cuda_archs(), &describe_swiglu});
+const RegisterOp registered_pivoted({"low_rank_pivoted", {}, compiled_cuda_archs(), &describe_pivoted});
+
 }  // namespace
 
 GroupPlan choose_group(const Problem& p, int count, const int64_t* n, const int64_t* r, bool is_swiglu) {

@@ -1,0 +1,41 @@
+"""Which plan the decode kernels of a group, of SwiGLU and of the pivoted form have for a problem."""
+import pytest
+
+from lowfat import _native
+
+pytestmark = pytest.mark.skipif(_native.native is None, reason=f"no compiled library: {_native.why_not}")
+LLAMA = {"m": 1, "n": 4096, "k": 4096, "r": 512, "device": "cuda"}
+OPS = ["low_rank_group", "low_rank_swiglu", "low_rank_pivoted"]
+
+
+def config(op: str, **changes) -> dict:
+    return _native.native.choose_config(op, **{**LLAMA, **changes})
+
+
+@pytest.mark.parametrize(("op", "members", "grid", "tiles"), [
+    ("low_rank_group", 1, 128, 2), ("low_rank_group", 3, 128, 6), ("low_rank_group", 4, 128, 8),
+    ("low_rank_swiglu", 1, 128, 4), ("low_rank_pivoted", 1, 128, 2)])
+def test_blocks_have_equal_numbers_of_tiles(op, members, grid, tiles):
+    found = config(op, members=members)
+    assert (found["path"], found["grid"], found["tiles"]) == ("decode", grid, tiles)
+    assert found["smem_bytes"] <= 227 << 10
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("path", "changes"), [
+    ("empty", {"m": 0}), ("decode", {"m": 16}), ("library", {"m": 17}), ("library", {"device": "cpu"}),
+    ("library", {"dtype": "float32"}), ("decode", {"dtype": "float16"}), ("library", {"is_aligned": False}),
+    ("library", {"r": 508}), ("library", {"arch": 100}), ("decode", {"arch": 80, "sm_count": 108}),
+    ("decode", {"arch": 86, "sm_count": 84})])
+def test_the_path_follows_what_the_kernel_covers(op, path, changes):
+    assert config(op, **changes)["path"] == path
+
+
+def test_a_group_has_one_to_four_members():
+    paths = [config("low_rank_group", members=count)["path"] for count in (0, 1, 4, 5)]
+    assert paths == ["library", "decode", "decode", "library"]
+
+
+def test_pivots_are_columns():
+    assert config("low_rank_pivoted", n=512)["path"] == "decode"  # all of them
+    assert config("low_rank_pivoted", n=511)["path"] == "library"
