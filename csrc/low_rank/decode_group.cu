@@ -22,27 +22,33 @@
 
 namespace low_rank {
 
-// Where a warp is: the tile counts from the block's first, and is one of a member's.
+// Where a warp is: the tile counts from the block's first. What is the same for all of a tile's items is asked for once.
 template <bool kIsPaired>
 struct GroupCursor {
-  int tile, step;
-  GroupTile at;
+  int tile, step, steps;
+  TileOfU u;
+  int first_of_h;  // of a token
 
   LOWFAT_DEVICE GroupCursor(const GroupParams& p, const GroupShare& mine, int item) {
     const GroupItem one = item_at(p.table, kIsPaired, mine.first_item + item);
     tile = one.number - mine.tiles.first;
     step = one.step;
-    at = tile_at(p.table, kIsPaired, one.number);
+    enter_tile(p, mine);
+  }
+  LOWFAT_DEVICE void enter_tile(const GroupParams& p, const GroupShare& mine) {
+    const GroupTile at = tile_at(p.table, kIsPaired, mine.tiles.first + tile);
+    const GroupMember& member = p.members[at.member];
+    steps = p.table.steps[at.member];
+    u = {member.u, at.tile * kTileRows, member.n, member.r};
+    first_of_h = place_of_h(p.table, mine, 1, at.member);
   }
   LOWFAT_DEVICE void advance(const GroupParams& p, const GroupShare& mine) {
-    if (++step < p.table.steps[at.member]) return;
+    if (++step < steps) return;
     step = 0;
     ++tile;
-    at = tile_at(p.table, kIsPaired, mine.tiles.first + tile);
+    enter_tile(p, mine);
   }
-  LOWFAT_DEVICE bool is_last_step(const GroupParams& p, const GroupShare&) const {
-    return step == p.table.steps[at.member] - 1;
-  }
+  LOWFAT_DEVICE bool is_last_step(const GroupParams&, const GroupShare&) const { return step == steps - 1; }
 };
 
 template <bool kIsPaired>
@@ -66,10 +72,7 @@ struct GroupForm {
   LOWFAT_DEVICE static Share share_of_block(const Params& p) {
     return group_share(p.table, kIsPaired, gridDim.x, blockIdx.x);
   }
-  LOWFAT_DEVICE static TileOfU u_at(const Params& p, const Share&, const Cursor& cursor) {
-    const GroupMember& member = p.members[cursor.at.member];
-    return {member.u, cursor.at.tile * kTileRows, member.n, member.r};
-  }
+  LOWFAT_DEVICE static TileOfU u_at(const Params&, const Share&, const Cursor& cursor) { return cursor.u; }
   LOWFAT_DEVICE static DecodeMemory memory(const Params& p, int token_tiles) {
     return group_memory(token_tiles, p.tiles, p.row_of_h, p.prefetch);
   }
@@ -77,9 +80,8 @@ struct GroupForm {
 
 template <class T, int kTileCount, bool kIsPaired>
 struct GroupConfig : DecodeSizes<T, kTileCount>, GroupForm<kIsPaired> {
-  LOWFAT_DEVICE static PlaceOfH h_at(const GroupParams& p, const GroupShare& mine, const GroupCursor<kIsPaired>& cursor) {
-    const int member = cursor.at.member;
-    return {place_of_h(p.table, mine, kTileCount * kTokenTile, member), h_stride(p.members[member].r)};
+  LOWFAT_DEVICE static PlaceOfH h_at(const GroupParams&, const GroupShare&, const GroupCursor<kIsPaired>& cursor) {
+    return {kTileCount * kTokenTile * cursor.first_of_h, h_stride(cursor.u.r)};
   }
 };
 
