@@ -88,6 +88,9 @@ Tensor call_torch(const char* op, const char* overload, const Arguments&... argu
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// a + b, not for whole numbers: the stable ABI cannot pass a number to torch's own sum, and this difference takes a double.
+inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1); }
+
 // The library's x w^T + bias: what an op does where its kernel does not win.
 inline Tensor library_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias = std::nullopt) {
   return call_torch("aten::linear", "", x, w, bias);

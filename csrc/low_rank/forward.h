@@ -10,10 +10,11 @@
 
 namespace low_rank {
 
-// Whose arguments these are: errors name the op and, of a group, the member.
+// Whose arguments these are: errors name the op, the member of a group, and u as it is called there.
 struct Who {
   const char* op = "low_rank";
   int64_t member = -1;
+  const char* u = "u";
 
   std::string of(const char* argument) const {
     return member < 0 ? argument : argument + ("[" + std::to_string(member) + "]");

@@ -1,4 +1,4 @@
-// Host side of low_rank_group and low_rank_swiglu: low_rank members with one input.   x [..., k]  v_i [r_i, k]  u_i [n_i, r_i]
+// Host side of low_rank_group and low_rank_swiglu: members with one input.   x [..., k]  v_i [r_i, k]  u_i [n_i, r_i]
 #include <optional>
 #include <vector>
 
@@ -22,8 +22,8 @@ struct Members {
 
 // The conditions that the Python functions check with a named error, for callers of torch.ops; each member's sizes follow.
 void check(const Members& in) {
-  STD_TORCH_CHECK(in.v.size() == in.u.size() && in.v.size() == in.bias.size(), in.op, ": v has ", in.v.size(), " members, u ",
-                  in.u.size(), " and bias ", in.bias.size(), "; must be one number for all");
+  STD_TORCH_CHECK(in.v.size() == in.u.size() && in.v.size() == in.bias.size(), in.op, ": v has ", in.v.size(),
+                  " members, u ", in.u.size(), " and bias ", in.bias.size(), "; must be one number for all");
   STD_TORCH_CHECK(!in.v.empty(), in.op, ": v has no members, must have at least one");
 }
 

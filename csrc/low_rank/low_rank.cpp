@@ -62,7 +62,7 @@ Tensor finished(Tensor y, const Epilogue& epilogue) {
     case Activation::silu: y = call_torch("aten::silu_", "", y); break;
     case Activation::none: break;
   }
-  return epilogue.residual ? torch::stable::subtract(y, *epilogue.residual, -1) : y;  // the stable ABI has no other sum
+  return epilogue.residual ? add(y, *epilogue.residual) : y;
 }
 
 CpuKernel cpu_kernel([[maybe_unused]] CpuLevel level, Dtype dtype, [[maybe_unused]] int64_t m) {
@@ -268,18 +268,18 @@ std::tuple<Tensor, Tensor> low_rank_training_cuda(const Tensor& x, const Tensor&
 
 Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.dim() >= 1, who.op, ": x has no dimensions, must be [..., k]");
-  STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, who.op, ": ", who.of("v"), " has ", v.dim(), " and ", who.of("u"), " ",
+  STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, who.op, ": ", who.of("v"), " has ", v.dim(), " and ", who.of(who.u), " ",
                   u.dim(), " dimensions, must be [r, k] and [n, r]");
   const Kind kind = kind_of(x);
   const Sizes s{rows_of(x), u.size(0), v.size(1), v.size(0), kind, dtype_of(kind)};
   STD_TORCH_CHECK(x.size(x.dim() - 1) == s.k, who.op, ": x has ", x.size(x.dim() - 1), " features, ", who.of("v"), " has ",
                   s.k);
-  STD_TORCH_CHECK(u.size(1) == s.r, who.op, ": ", who.of("u"), " has rank ", u.size(1), ", ", who.of("v"), " has rank ",
+  STD_TORCH_CHECK(u.size(1) == s.r, who.op, ": ", who.of(who.u), " has rank ", u.size(1), ", ", who.of("v"), " has rank ",
                   s.r);
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.n), who.op, ": ", who.of("bias"), " must be [", s.n,
-                  "], the rows of ", who.of("u"));
+                  "], the rows of ", who.of(who.u));
   STD_TORCH_CHECK(kind_of(v) == kind && kind_of(u) == kind && (!bias || kind_of(*bias) == kind), who.op, ": x, ",
-                  who.of("v"), ", ", who.of("u"), " and ", who.of("bias"),
+                  who.of("v"), ", ", who.of(who.u), " and ", who.of("bias"),
                   " must have one dtype (or use autocast) and be on one device");
   STD_TORCH_CHECK(s.dtype != Dtype::other, who.op, ": x must be float64, float32, float16 or bfloat16");
   return s;

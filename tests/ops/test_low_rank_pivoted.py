@@ -9,6 +9,7 @@ import torch._dynamo.testing
 from torch.nn.functional import linear
 
 import gates
+from lowfat import _native
 from lowfat.errors import DeviceError, DtypeError, IndexRangeError, ShapeError
 from lowfat.ops import check_pivots, low_rank_pivoted
 from lowfat.ops.low_rank_pivoted import reference
@@ -178,6 +179,21 @@ def test_autocast_leaves_the_pivots_alone():
 def test_meta_gives_shapes():
     y = low_rank_pivoted(*(t.to("meta") for t in operands(4, 7, 3, 8)))
     assert y.shape == (4, 8) and y.is_meta
+
+
+@pytest.mark.skipif(_native.library_path is None, reason="no compiled library")
+@pytest.mark.parametrize("m,path,dtype,product", [
+    (1, "decode", torch.bfloat16, "decode"), (16, "decode", torch.half, "library"),
+    (17, "library", torch.float32, "library")])
+def test_the_path_on_a_cpu_is_recorded(m, path, dtype, product):
+    """T-dispatch-record: the product's path is low_rank's own, ours is how its columns come to their places."""
+    def paths():
+        mine = {path: _native.calls("low_rank_pivoted", "cpu", path) for path in ("decode", "library")}
+        return mine | {f"product {path}": _native.calls("low_rank", "cpu", path) for path in ("decode", "library")}
+
+    before, args = paths(), operands(m, 40, 8, 24, dtype)
+    low_rank_pivoted(*args)
+    assert paths() == before | {path: before[path] + 1, f"product {product}": before[f"product {product}"] + 1}
 
 
 # --- mistakes, and index tensors of every bad kind (T-index) ---
