@@ -116,7 +116,9 @@ LOWFAT_DEVICE void fence_async_shared() {
 
 // The same for global memory: the writer before its release, the reader between its acquire and the tma_load.
 LOWFAT_DEVICE void fence_async_global() {
-#ifdef LOWFAT_SM90
+#ifndef __CUDACC__
+  emulator::fence_async_global();
+#elif defined(LOWFAT_SM90)
   asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }

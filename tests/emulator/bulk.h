@@ -223,6 +223,7 @@ inline void fly(const char* what, const Place& to, size_t bytes, const Place& ba
 
 inline void tma_load(void* smem, const TensorMap& map, int row, int column, uint64_t* barrier) {
   check_box(map, smem, "tma_load");
+  check_fenced(map.gmem, "tma_load");
   const Place to = own(smem);
   fly("tma_load", to, box_bytes(map), own(barrier), [=] {
     for_each_piece(
@@ -241,6 +242,7 @@ inline void bulk_load(void* smem, const void* gmem, int bytes, uint64_t* barrier
   check_run(smem, bytes, "bulk_load");
   check_run(gmem, bytes, "bulk_load");
   check_global(gmem, bytes, false, "bulk_load");
+  check_fenced(gmem, "bulk_load");
   fly("bulk_load", own(smem), bytes, own(barrier), [=] { memcpy(smem, gmem, bytes); });
 }
 

@@ -38,11 +38,13 @@ void reports(const char* words, const Run& run) {
   throw Failure(emulator::text("no report of '%s'", words));
 }
 
-// main() of a test: --kernels also prints the mangled names of the kernels that ran.
+// main() of a test: --kernels also prints the mangled names of the kernels that ran, --until-failure ends with the first.
 inline int run(int count, char** arguments, std::initializer_list<Case> cases, uint64_t seeds = 3) {
+  const auto is_asked = [&](const char* option) { return count > 1 && !strcmp(arguments[1], option); };
   int failures = 0;
   for (const Case& one : cases) {
     for (uint64_t seed = 1; seed <= seeds; ++seed) {
+      if (failures && is_asked("--until-failure")) return 1;
       const auto start = std::chrono::steady_clock::now();
       std::string error;
       try {
@@ -56,7 +58,7 @@ inline int run(int count, char** arguments, std::initializer_list<Case> cases, u
              error.empty() ? "" : ": ", error.c_str());
     }
   }
-  if (count > 1 && !strcmp(arguments[1], "--kernels")) {
+  if (is_asked("--kernels")) {
     for (const std::string& name : emulator::machine.kernels_run) printf("kernel %s\n", name.c_str());
   }
   return failures ? 1 : 0;

@@ -7,7 +7,8 @@
 // The order of threads is random (the seed repeats it), asynchronous operations take effect as late as they may, or early,
 // memory starts as NaN, and what a GPU would punish in silence or by hanging is reported: accesses out of bounds or
 // misaligned, divergent warp operations, deadlocks with who waits on what, operations left unfinished.
-// Not modelled: the memory model and proxy fences (every write is seen at once), time, registers.
+// Not modelled: the memory model and fences (every write is seen at once; only that a copy of what others wrote comes after
+// a fence_async_global is checked), time, registers.
 #pragma once
 
 #include <cmath>

@@ -256,6 +256,46 @@ void mbarriers(uint64_t seed) {
   reported("deadlock", waits_twice, seed);
 }
 
+// ---- fences
+
+template <bool kFences>
+void loads_own_stores(Params p) {  // one block writes, and its copy engine reads
+  init_barrier(1);
+  for (int i = threadIdx.x; i < kWords; i += 64) store(p.out + i, load(p.in + i));
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  fence_async_global();  // of no use before the acquire
+  load_acquire(p.counter);
+  if (kFences) fence_async_global();
+  mbarrier_arrive_expect(barrier_of(shared_memory()), kTileBytes);
+  tma_load(shared_memory(), &p.out_map, 0, 0, barrier_of(shared_memory()));
+  mbarrier_wait(barrier_of(shared_memory()), 0);
+}
+template <bool kFences>
+void loads_after_dependency(Params p) {
+  init_barrier(1);
+  if (threadIdx.x != 0) return;
+  fence_async_global();  // of no use before the wait
+  wait_for_dependency();
+  if (kFences) fence_async_global();
+  mbarrier_arrive_expect(barrier_of(shared_memory()), 16);
+  bulk_load(shared_memory(), p.out, 16, barrier_of(shared_memory()));
+  mbarrier_wait(barrier_of(shared_memory()), 0);
+}
+
+void fences(uint64_t seed) {
+  Memory memory;
+  run(loads_own_stores<true>, seed, memory);
+  reported("tma_load: out was written by this grid", loads_own_stores<false>, seed);
+  const auto second = [&](Kernel kernel) {
+    launch(Kernel(dependent_first), {dim3(1), 64}, memory.params);
+    launch(kernel, {dim3(1), 64, kSmemBytes, 1, false, true}, memory.params);
+    emulator::synchronize({seed});
+  };
+  second(loads_after_dependency<true>);
+  check::reports("bulk_load: out was written", [&] { second(loads_after_dependency<false>); });
+}
+
 // ---- addresses
 
 void misaligned_load(Params p) { store16(p.out, load16(p.in + 1)); }
@@ -453,6 +493,7 @@ int main(int count, char** arguments) {
                         {"missing barriers", missing_barriers},
                         {"asynchronous copies", asynchronous_copies},
                         {"mbarriers", mbarriers},
+                        {"fences", fences},
                         {"addresses", addresses},
                         {"divergence and deadlock", stuck_threads},
                         {"stack", stacks},

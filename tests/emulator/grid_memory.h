@@ -10,6 +10,7 @@ T load_acquire(const T* gmem) {
   check_aligned(gmem, sizeof(T), "load_acquire");
   check_global(gmem, sizeof(T), false, "load_acquire");
   poll("load_acquire");
+  current().has_fenced_global = false;
   return *gmem;
 }
 
@@ -33,6 +34,7 @@ void store_flag(T* gmem, T v, const char* what) {
 }
 
 inline void wait_for_dependency() {
+  current().has_fenced_global = false;
   Grid& grid = *current_block().grid;
   if (!grid.is_dependent || !grid.previous || grid.previous->is_complete) return;
   grid.previous->waiting.push_back(machine.current);

@@ -26,7 +26,9 @@ inline std::string readable_name(const std::string& mangled) {
 
 template <class Launch>
 void enqueue(void* kernel, const Launch& shape, std::function<void()> body) {
+  static uint64_t launches = 0;
   auto grid = std::make_unique<Grid>();
+  grid->number = ++launches;
   const std::string mangled = mangled_name(kernel);
   machine.kernels_run.insert(mangled);
   grid->name = readable_name(mangled);

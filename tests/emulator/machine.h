@@ -93,6 +93,7 @@ struct Fiber {
   int copy_groups = 0;             // committed so far
   std::vector<std::shared_ptr<BulkStore>> stores;  // issued, their end not waited for
   int store_groups = 0;
+  bool has_fenced_global = false;  // since it last learned that others have written
 };
 
 // Where the lanes of a warp or warpgroup meet: the last to arrive computes for all.
@@ -145,6 +146,7 @@ struct Block {
 };
 
 struct Grid {
+  uint64_t number = 0;  // of all that were ever launched, from 1
   std::string name;
   dim3 size;
   int threads = 0, cluster = 1;

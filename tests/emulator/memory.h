@@ -11,6 +11,7 @@ struct Region {
   const char* name;
   uintptr_t begin, end;
   bool is_writable;
+  uint64_t written_by = 0;  // number of the last grid
 };
 
 inline std::vector<Region> regions;
@@ -58,9 +59,10 @@ inline void check_aligned(const void* p, size_t bytes, const char* what) {
 inline void check_global(const void* p, size_t bytes, bool is_write, const char* what) {
   const auto begin = reinterpret_cast<uintptr_t>(p);
   const Region* nearest = nullptr;
-  for (const Region& region : regions) {
+  for (Region& region : regions) {
     if (begin >= region.begin && begin + bytes <= region.end) {
       if (is_write && !region.is_writable) fail("%s: writes to the input %s", what, region.name);
+      if (is_write) region.written_by = current_block().grid->number;
       return;
     }
     if (begin + bytes > region.begin && (!nearest || region.begin > nearest->begin)) nearest = &region;
@@ -69,6 +71,22 @@ inline void check_global(const void* p, size_t bytes, bool is_write, const char*
   fail("%s: out of bounds, %zu bytes at offset %lld of %s (%zu bytes)", what, bytes,
        static_cast<long long>(begin - nearest->begin), nearest->name, static_cast<size_t>(nearest->end - nearest->begin));
 }
+
+// The copy engine has a way of its own to memory. What this grid wrote, or one that it depends on, it sees for certain after
+// the acquire (or the wait for that grid) and then a fence.
+inline void check_fenced(const void* p, const char* what) {
+  const auto begin = reinterpret_cast<uintptr_t>(p);
+  const Grid& grid = *current_block().grid;
+  const uint64_t before = grid.is_dependent && grid.previous ? grid.previous->number : grid.number;
+  for (const Region& region : regions) {
+    if (begin < region.begin || begin >= region.end || current().has_fenced_global) continue;
+    if (region.written_by == grid.number || region.written_by == before) {
+      fail("%s: %s was written by this grid or the one before, without fence_async_global in between", what, region.name);
+    }
+  }
+}
+
+inline void fence_async_global() { current().has_fenced_global = true; }
 
 inline void load(void* to, const void* gmem, size_t bytes, const char* what) {
   check_aligned(gmem, bytes, what);
