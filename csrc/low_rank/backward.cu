@@ -28,6 +28,7 @@
 #include "device/load.h"
 #include "device/mma.h"
 #include "device/reduce.h"
+#include "low_rank/splits.h"
 
 namespace low_rank {
 
@@ -330,34 +331,13 @@ struct BackwardSumConfig {
 };
 
 template <class Config>
-LOWFAT_DEVICE float4 sum_of_splits(const BackwardSum& one, int64_t first) {
-  float4 sum = make_float4(0, 0, 0, 0);
-  for (int split = 0; split < one.splits; split += Config::kSplitsAtOnce) {
-    float4 parts[Config::kSplitsAtOnce];
-#pragma unroll
-    for (int s = 0; s < Config::kSplitsAtOnce; ++s) {
-      parts[s] = make_float4(0, 0, 0, 0);
-      if (split + s < one.splits) parts[s] = device::load16_floats_l2(one.partials + (split + s) * one.count + first);
-    }
-#pragma unroll
-    for (int s = 0; s < Config::kSplitsAtOnce; ++s) {
-      sum.x += parts[s].x;
-      sum.y += parts[s].y;
-      sum.z += parts[s].z;
-      sum.w += parts[s].w;
-    }
-  }
-  return sum;
-}
-
-template <class Config>
 __global__ void __launch_bounds__(Config::kThreads) backward_sums(const __grid_constant__ BackwardSums p) {
   using T = typename Config::Element;
   for (int which = 0; which < p.count; ++which) {
     const BackwardSum& one = p.list[which];
     const int64_t stride = int64_t{4} * gridDim.x * Config::kThreads;
     for (int64_t i = 4 * (int64_t{blockIdx.x} * Config::kThreads + threadIdx.x); i < one.count; i += stride) {
-      float4 sum = sum_of_splits<Config>(one, i);
+      float4 sum = sum_of_splits<Config::kSplitsAtOnce>(one.partials + i, one.count, one.splits);
       if (one.is_added) {
         float* into = static_cast<float*>(one.sum) + i;
         const float4 before = device::load16_floats_l2(into);
