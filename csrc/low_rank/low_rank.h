@@ -8,6 +8,7 @@
 #include "low_rank/chain_layout.h"
 #include "low_rank/decode_layout.h"
 #include "low_rank/small_batch_layout.h"
+#include "low_rank/small_batch_sm80_layout.h"
 
 namespace low_rank {
 
@@ -15,7 +16,7 @@ constexpr int64_t kDecodeRows = 16;       // m up to which a pass over the weigh
 constexpr int64_t kSmallBatchRows = 256;  // m up to which one block can have all rows
 constexpr int64_t kChainRows = 4096;      // m from which the library's two products fill a GPU well enough
 
-enum class Path { empty, decode, small_batch, chain, library };
+enum class Path { empty, decode, small_batch, small_batch_sm80, chain, library };
 
 struct Config {
   Path path = Path::library;
@@ -23,7 +24,8 @@ struct Config {
   int64_t first_grain = 0;   // CPU: row tiles of v per task; 0: one thread does all
   int64_t second_grain = 0;  // CPU: row tiles of u per task; 0: one thread does all
   DecodePlan plan;           // GPU, decode
-  SmallBatchPlan batch;      // GPU, small batch
+  SmallBatchPlan batch;      // GPU, small batch on an sm_90
+  SmallBatchSm80Plan batch_sm80;
   ChainPlan chain;           // GPU, chain
 };
 
@@ -79,7 +81,8 @@ struct DecodeParams {
 // Returns null, or what CUDA says is wrong. Fills in what comes from the plan.
 const char* launch_decode(const DecodePlan& plan, DecodeParams params, Dtype dtype, void* stream);
 
-// The small-batch kernels of an sm_90 (small_batch.cu); elements are bf16 or fp16, every row 16-byte aligned.
+// The small-batch kernels, of an sm_90 (small_batch.cu) and of compute capability 8 (small_batch_sm80.cu); elements are bf16
+// or fp16, every row 16-byte aligned.
 struct SmallBatchOperands {
   const uint16_t* x;         // [m, k]
   const uint16_t* v;         // [r, k]
@@ -112,6 +115,9 @@ struct ChainOperands {
 
 // Returns null, or what CUDA says is wrong.
 const char* launch_chain(const ChainPlan& plan, const ChainOperands& operands, Dtype dtype, void* stream);
+// partials: as many floats of workspace as the plan says. counter: as of DecodeParams.
+const char* launch_small_batch_sm80(const SmallBatchSm80Plan& plan, const SmallBatchOperands& operands, float* partials,
+                                    uint64_t* counter, Dtype dtype, void* stream);
 
 // What the host side asks of CUDA (gpu.cu).
 struct Gpu {

@@ -40,8 +40,8 @@ DECODE = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", copies_before_barrier=12)
 # low_rank/small_batch.cu: code for an sm_90a alone. Each operand has its warp that loads it, and in the second kernel only
 # one of the two waits for h, and loads the residual after it. Two blocks share a multiprocessor. Fences: those of the two
-# barriers of a cluster (the block's and the GPU's), and the one before the result is sent off. The narrow load is the bias, at
-# any address. Each of the activations is unrolled over a tile.
+# barriers of a cluster (the block's and the GPU's), and the one before the result is sent off. The narrow load is the bias,
+# at any address. Each of the activations is unrolled over a tile.
 SMALL_BATCH = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x(32|64|128|256)x16\.F32")
 # low_rank/chain.cu: code for an sm_90a alone, 168 registers before they are moved to the warpgroups that multiply. Products:
 # 8 of a slab, in each of the two phases. Tiles: of weights asked for early and in turn, of tokens, and the residual's two.
@@ -49,6 +49,10 @@ SMALL_BATCH = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x(32
 # loads are those of the splits' sums; the narrow one is the bias, at any address.
 CHAIN = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x128x16\.F32", weight_loads=32, tile_loads=5,
              early_tile_loads=5, fences=8, narrow_loads=True)
+# low_rank/small_batch_sm80.cu. In front of the first barrier stands a loop over three slabs, of each two pieces of weights
+# and two or four of tokens. Eight splits are on their way when they are added up. Fences: the releases of the two barriers of
+# the grid. The narrow loads are the bias, at any address.
+SMALL_BATCH_SM80 = dict(tensor_core=r"HMMA\.16816\.F32", weight_loads=8, fences=2, activation_ffma=900, narrow_loads=True)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, activation_ffma=36, **DECODE),
@@ -67,6 +71,10 @@ KERNELS = [
     Expected("low_rank/chain.cu", r"low_rank::chain<.*\(low_rank::Activation\)[01]>", **CHAIN),  # none, relu
     Expected("low_rank/chain.cu", r"low_rank::chain<.*\(low_rank::Activation\)[234]>", activation_ffma=1300, **CHAIN),
     Expected("low_rank/chain.cu", r"low_rank::chain<", registers=8, archs=("sm_80",)),
+    Expected("low_rank/small_batch_sm80.cu", r"low_rank::small_batch_sm80<.*128>", registers=160, copies_before_barrier=6,
+             **SMALL_BATCH_SM80),
+    Expected("low_rank/small_batch_sm80.cu", r"low_rank::small_batch_sm80<.*64>", registers=128, copies_before_barrier=4,
+             **SMALL_BATCH_SM80),
     Expected("low_rank/backward.cu", r"low_rank::backward_products<.*128>", registers=128, **BACKWARD),
     Expected("low_rank/backward.cu", r"low_rank::backward_products<.*64>", registers=80, **BACKWARD),
     Expected("low_rank/backward.cu", r"low_rank::backward_sums<", registers=64, weight_loads=4),
