@@ -42,8 +42,9 @@ def low_rank_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[
 
 def kernels_here() -> list[tuple[str, str]]:
     """(op, path) of every kernel that this GPU is meant to run."""
-    hopper = [("low_rank", "small batch"), ("low_rank", "chain")] if torch.cuda.get_device_capability() == (9, 0) else []
-    return [("low_rank", "decode"), *hopper, ("low_rank_backward", "kernels")]
+    paths = {(8, 0): ("decode", "small batch sm_80"), (9, 0): ("decode", "small batch", "chain")}
+    here = paths.get(torch.cuda.get_device_capability(), ("decode",))
+    return [*(("low_rank", path) for path in here), ("low_rank_backward", "kernels")]
 
 
 def main() -> int:

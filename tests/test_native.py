@@ -93,10 +93,15 @@ def test_which_problems_the_gpu_kernel_covers(problem, path):
     ({"k": 4100}, "library"), ({"r": 500}, "library"), ({"n": 4097}, "library"),  # rows of 16 bytes, of y too
     ({"k": 0}, "library"), ({"r": 0}, "library"), ({"n": 0}, "library"), ({"n": (1 << 20) + 8}, "library"),
     ({"k": 1 << 20, "n": 1 << 20, "r": 1 << 20}, "small batch"), ({"sm_count": 78}, "small batch"),
-    ({"arch": 80, "sm_count": 108}, "library"), ({"arch": 89}, "library"), ({"arch": 100}, "library")])
+    ({"arch": 75}, "library"), ({"arch": 100}, "library")])
 @pytest.mark.parametrize("m", [17, 256])
-def test_which_problems_the_small_batch_kernels_cover(m, problem, path):
-    assert config(m=m, device="cuda", **problem)["path"] == path
+@pytest.mark.parametrize("arch, kernel", [(80, "small batch sm_80"), (86, "small batch sm_80"), (89, "small batch sm_80"),
+                                          (90, "small batch")])
+def test_which_problems_the_small_batch_kernels_cover(arch, kernel, m, problem, path):
+    built = lowfat.build_info()["cuda_archs"]
+    if built and "sm_90a" not in built:
+        kernel = "small batch sm_80"
+    assert config(m=m, device="cuda", **{"arch": arch} | problem)["path"] == (kernel if path == "small batch" else path)
 
 
 @needs_library
@@ -124,6 +129,20 @@ def test_which_problems_the_chained_kernel_covers(m, problem, path):
 def test_plan_of_a_chained_launch():
     found = config(m=1024, device="cuda")  # 8 x 4 tiles of h: four splits of k fill 132 multiprocessors, five do not fit
     assert found == {"path": "chain", "first_tiles": 32, "splits": 4, "second_tiles": 256, "grid": 132, "smem_bytes": 231424}
+
+
+@needs_library
+@pytest.mark.parametrize("m, n, k, r, arch, plan", [
+    (64, 4096, 4096, 512, 80, (64, 1, 13, 104, 8)),  # 8 tiles of v in 13 splits; a tile of u is asked for early
+    (128, 4096, 4096, 512, 80, (128, 1, 13, 104, 8)),
+    (256, 4096, 4096, 512, 80, (128, 2, 6, 108, 12)),  # two groups: 16 items of v in 6 splits
+    (256, 14336, 4096, 1024, 80, (128, 2, 3, 108, 12)),
+    (256, 14336, 4096, 1024, 89, (128, 2, 3, 108, 4)),  # 99 KB: 4 slots
+    (128, 768, 768, 192, 86, (64, 2, 3, 24, 4))])  # small groups, so that twice the multiprocessors have something to do
+def test_plan_of_a_small_batch_launch_on_compute_capability_8(m, n, k, r, arch, plan):
+    found = config(m=m, n=n, k=k, r=r, device="cuda", arch=arch, sm_count=108)
+    assert tuple(found[name] for name in ("tokens", "groups", "splits", "grid", "weight_slots")) == plan
+    assert found["smem_bytes"] <= (163 if arch == 80 else 99) << 10
 
 
 @needs_library

@@ -1,5 +1,8 @@
-// How low_rank chooses between its own kernel and the library: a pure function of the problem, with no torch in sight.
+// How low_rank chooses between its own kernel and the library: a pure function of the problem, and of what the build has
+// machine code for; with no torch in sight.
 #include "low_rank/low_rank.h"
+
+#include <algorithm>
 
 #include "low_rank/backward.h"
 
@@ -30,9 +33,16 @@ Config cpu_config(const Problem& p) {
   return config;
 }
 
+// The small-batch and chained kernels of an sm_90 are nothing but machine code for it: a GPU build without that runs the
+// small-batch kernel of compute capability 8 there, from PTX.
+bool has_sm90_kernels() {
+  static const std::vector<std::string> archs = compiled_cuda_archs();
+  return archs.empty() || std::find(archs.begin(), archs.end(), "sm_90a") != archs.end();
+}
+
 // Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one
-// launch, because that needs nothing of the stream before it. Then, on the GPU that they are made for, the small-batch
-// kernels; and one launch for both products as long as the tiles of the first do not fill the GPU.
+// launch, because that needs nothing of the stream before it. Then the small-batch kernels, on an sm_90 those that are made
+// for it; and there, one launch for both products as long as the tiles of the first do not fill the GPU.
 Config cuda_config(const Problem& p) {
   Config config;
   if (p.dtype != Dtype::bfloat16 && p.dtype != Dtype::float16) return config;
@@ -40,12 +50,17 @@ Config cuda_config(const Problem& p) {
   if (p.m <= kDecodeRows) {
     config.plan = plan_decode(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch), false);
     if (config.plan.token_tiles > 0) config.path = Path::decode;
-  } else if (p.arch == 90 && p.m <= kSmallBatchRows) {
-    config.batch = plan_small_batch(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
-    if (config.batch.first.tokens > 0) config.path = Path::small_batch;
-  } else if (p.arch == 90 && p.m < kChainRows) {
-    config.chain = plan_chain(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
-    if (config.chain.row_blocks > 0 && first_tiles(config.chain) < p.sm_count) config.path = Path::chain;
+  } else if (p.arch == 90 && has_sm90_kernels()) {
+    if (p.m <= kSmallBatchRows) {
+      config.batch = plan_small_batch(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
+      if (config.batch.first.tokens > 0) config.path = Path::small_batch;
+    } else if (p.m < kChainRows) {
+      config.chain = plan_chain(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
+      if (config.chain.row_blocks > 0 && first_tiles(config.chain) < p.sm_count) config.path = Path::chain;
+    }
+  } else {
+    config.batch_sm80 = plan_small_batch_sm80(p.m, p.n, p.k, p.r, p.sm_count, shared_memory_of(p.arch));
+    if (config.batch_sm80.tokens > 0) config.path = Path::small_batch_sm80;
   }
   return config;
 }
@@ -55,6 +70,7 @@ const char* name_of_path(Path path) {
     case Path::empty: return "empty";
     case Path::decode: return "decode";
     case Path::small_batch: return "small batch";
+    case Path::small_batch_sm80: return "small batch sm_80";
     case Path::chain: return "chain";
     case Path::library: break;
   }
@@ -94,6 +110,15 @@ Described describe(const Problem& p) {
                            {"splits", plan.splits},
                            {"second_tiles", chain_units(plan) - first_units(plan)},
                            {"grid", plan.grid},
+                           {"smem_bytes", plan.smem_bytes}});
+  }
+  if (config.path == Path::small_batch_sm80) {
+    const SmallBatchSm80Plan& plan = config.batch_sm80;
+    all.insert(all.end(), {{"tokens", plan.tokens},
+                           {"groups", plan.groups},
+                           {"splits", plan.splits},
+                           {"grid", plan.grid},
+                           {"weight_slots", plan.weight_slots},
                            {"smem_bytes", plan.smem_bytes}});
   }
   return all;

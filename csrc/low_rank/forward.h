@@ -38,10 +38,31 @@ struct Epilogue {
   bool is_none() const { return activation == Activation::none && !residual; }
 };
 
+Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
+            const Epilogue& epilogue);
+Activation activation_of(const std::string& name);
+
+// The epilogue where no kernel does it: by torch's ops, each of which rounds. Writes to y.
+Tensor finished(Tensor y, const Epilogue& epilogue);
+
+// Contiguous: the same bits for every layout of the same values, on whichever path.
+struct Operands {
+  Tensor x, v, u;
+  std::optional<Tensor> bias;
+
+  Operands(const Tensor& x_any, const Tensor& v_any, const Tensor& u_any, const std::optional<Tensor>& bias_any)
+      : x(as_contiguous(x_any)), v(as_contiguous(v_any)), u(as_contiguous(u_any)) {
+    if (bias_any) bias = as_contiguous(*bias_any);
+  }
+};
+
 struct Result {
   Tensor y;                 // [..., n]
   std::optional<Tensor> h;  // [..., r], where it was asked for
 };
+
+// Two products of torch's.
+Result library(const Operands& in);
 
 Result forward_cpu(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
                    bool keep_h, const Epilogue& epilogue = {});
