@@ -8,6 +8,7 @@ from sass.machine_code import Kernel
 
 BARRIER = r"BAR\.SYNC|BAR\.ARV|BAR\.RED|SYNCS|ACQBULK|UCGABAR|ERRBAR|MEMBAR"
 FENCE = r"MEMBAR"
+COPY_FENCE = r"FENCE\.VIEW\.ASYNC"
 TENSOR_CORE = r"HMMA|HGMMA"
 WEIGHT_LOAD = r"LDG\.E\.\S*128"
 
@@ -27,6 +28,7 @@ class Expected:
     early_tile_loads: int = 0  # of them on a way that does not wait for the kernel before, exactly
     fences: int = 0  # MEMBAR instructions, exactly
     activation_ffma: int = 0  # FFMA that activations take, at most: they are no products
+    copy_fences: int = 0  # FENCE.VIEW.ASYNC instructions, exactly: between ordinary accesses and those of the copy engine
     narrow_loads: bool = False  # loads of single elements are allowed: of operands without alignment
 
 
@@ -45,10 +47,11 @@ BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", copies_before_barrier=12)
 SMALL_BATCH = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x(32|64|128|256)x16\.F32")
 # low_rank/chain.cu: code for an sm_90a alone, 168 registers before they are moved to the warpgroups that multiply. Products:
 # 8 of a slab, in each of the two phases. Tiles: of weights asked for early and in turn, of tokens, and the residual's two.
-# Fences: before four releases (a tile of h, a split, the end of a block) on the whole GPU and the block's five. The wide
-# loads are those of the splits' sums; the narrow one is the bias, at any address.
+# Fences: on the whole GPU before three releases (a tile of h, a split, the end of a block), and five of the block's. Those
+# of the copy engine: barriers are there, a tile of h or y is written, h is in memory, h is there. The wide loads are those
+# of the splits' sums; the narrow one is the bias, at any address.
 CHAIN = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x128x16\.F32", weight_loads=32, tile_loads=5,
-             early_tile_loads=5, fences=8, narrow_loads=True)
+             early_tile_loads=5, fences=8, copy_fences=5, narrow_loads=True)
 # low_rank/small_batch_sm80.cu. In front of the first barrier stands a loop over three slabs, of each two pieces of weights
 # and two or four of tokens. Eight splits are on their way when they are added up. Fences: the releases of the two barriers of
 # the grid. The narrow loads are the bias, at any address.
@@ -63,10 +66,10 @@ KERNELS = [
              copies_before_barrier=10, fences=1, **DECODE),
     Expected("low_rank/decode_pivoted.cu", r"low_rank::decode_pivoted<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=11, fences=1, **DECODE),
-    Expected("low_rank/small_batch.cu", r"low_rank::small_batch_first<", tile_loads=2, early_tile_loads=2, fences=4,
+    Expected("low_rank/small_batch.cu", r"low_rank::small_batch_first<", tile_loads=2, early_tile_loads=2, fences=4, copy_fences=3,
              **SMALL_BATCH),
     Expected("low_rank/small_batch.cu", r"low_rank::small_batch_second<", tile_loads=3, early_tile_loads=1, fences=1,
-             activation_ffma=3400, narrow_loads=True, **SMALL_BATCH),
+             copy_fences=4, activation_ffma=3400, narrow_loads=True, **SMALL_BATCH),
     Expected("low_rank/small_batch.cu", r"low_rank::small_batch_", registers=8, archs=("sm_80",)),
     Expected("low_rank/chain.cu", r"low_rank::chain<.*\(low_rank::Activation\)[01]>", **CHAIN),  # none, relu
     Expected("low_rank/chain.cu", r"low_rank::chain<.*\(low_rank::Activation\)[234]>", activation_ffma=1300, **CHAIN),
@@ -123,4 +126,6 @@ def faults(kernel: Kernel, expected: Expected) -> list[str]:
         found.append(f"{len(early)} loads of tiles before the kernel before has ended, expected {expected.early_tile_loads}")
     if len(kernel.find(FENCE)) != expected.fences:
         found.append(f"{len(kernel.find(FENCE))} memory fences, expected {expected.fences}")
+    if len(kernel.find(COPY_FENCE)) != expected.copy_fences:
+        found.append(f"{len(kernel.find(COPY_FENCE))} fences of the copy engine, expected {expected.copy_fences}")
     return found

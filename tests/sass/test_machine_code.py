@@ -79,6 +79,7 @@ def test_a_listing_is_read_with_predicates_and_without_other_sections():
     ("loads of single elements", kernel(change=lambda code: [*code, Instruction("LDG.E.U16", "R1, [R2]")])),
     ("2 FFMA beside 1", kernel(change=lambda code: [*code, *[Instruction("FFMA", "R1, R2, R3, R4")] * 2])),
     ("1 memory fences, expected 0", kernel(change=lambda code: [*code, Instruction("MEMBAR.SC.GPU", "")])),
+    ("1 fences of the copy engine, expected 0", kernel(change=lambda code: [*code, Instruction("FENCE.VIEW.ASYNC.G", "")])),
 ])
 def test_the_gate_finds(fault, changed):
     # each is one planted fault in machine code that passes
