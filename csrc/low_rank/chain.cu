@@ -295,8 +295,7 @@ LOWFAT_DEVICE void first_unit_of_chain(const ChainParams& p, ChainShared& smem, 
   ChainTileSums sums;
   multiply_slabs<T>(smem, self, unit.slabs.last - unit.slabs.first, sums);
   if (p.plan.splits > 1 && !add_splits(p, smem, self, number, unit.tile, sums)) return;
-  if (self.thread == 0) device::wait_stores_read<0>();  // the result before has left
-  self.sync();
+  self.sync();  // the result before was a tile of h, which one thread has seen in memory
   round_h<T>(smem, self, sums);
   send_result(p.h, smem, self, unit);
   if (self.thread == 0) count_tile(p, unit.row_block);
@@ -373,11 +372,9 @@ LOWFAT_DEVICE void begin_chain(ChainShared& smem) {
   __syncthreads();
 }
 
-// The last block to end leaves the counters as it found them: for the next launch, and for a graph's next run.
-LOWFAT_DEVICE void end_chain(const ChainParams& p) {
-  __syncwarp();
-  __syncthreads();
-  if (threadIdx.x != 0) return;
+// One thread, when no ticket is left: the last block leaves the counters as the first has found them, for the next launch
+// and for a graph's next run. Products may still be under way, but none that counts: who loads tiles of y has waited for h.
+LOWFAT_DEVICE void reset_counters(const ChainParams& p) {
   uint32_t* ended = p.counters + kEndedBlocks;
   if (device::add_release(ended, 1) + 1 != gridDim.x) return;
   device::load_acquire(ended);
@@ -392,12 +389,14 @@ __global__ void __launch_bounds__(kChainThreads, 1) chain(const __grid_constant_
     begin_chain(smem);
     if (threadIdx.x < device::kWarpgroupThreads) {
       device::give_registers<40>();
-      if (threadIdx.x == 0) produce(p, smem);
+      if (threadIdx.x == 0) {
+        produce(p, smem);
+        reset_counters(p);
+      }
     } else {
       device::take_registers<232>();
       consume<Config>(p, smem);
     }
-    end_chain(p);
   } else {
     device::unreachable_here();
   }

@@ -188,6 +188,20 @@ void bits_depend_on_depth_and_splits_alone(uint64_t seed) {
   check::that(std::equal(few.y.begin(), few.y.end(), all.y.begin()), "the first rows by themselves");
 }
 
+// In any other order the last one is lost beside the first or the second.
+void splits_are_added_in_their_order(uint64_t seed) {
+  const Shape s{{130, 192, 72, 8, false}, 6, 3};
+  Operands in{std::vector<uint16_t>(s.m * s.k), std::vector<uint16_t>(s.r * s.k), std::vector<uint16_t>(s.n * s.r), {}};
+  const float values[] = {4096, -4096, 0x1p-13f};
+  for (int split = 0; split < 3; ++split) {
+    for (int row = 0; row < s.m; ++row) in.x[row * s.k + split * kChainSlab] = device::narrow<device::Bf16>(1);
+    for (int row = 0; row < s.r; ++row) {
+      in.v[row * s.k + split * kChainSlab] = device::narrow<device::Bf16>(values[split]);
+    }
+  }
+  for (double one : wide<device::Bf16>(run<device::Bf16>(s, in, {seed}).h)) check::equal(one, 0x1p-13, "h");
+}
+
 // Not in what is zero times something, either: rows and columns past the end of a tile.
 void not_a_number_stays_in_its_row(uint64_t seed) {
   const Shape s{{140, 72, 40, 56, true}, 132};
@@ -232,6 +246,7 @@ int main(int count, char** arguments) {
                      {"few blocks resident", few_blocks_resident},
                      {"calls one after another", calls_one_after_another},
                      {"bits depend on depth and splits alone", bits_depend_on_depth_and_splits_alone},
+                     {"splits are added in their order", splits_are_added_in_their_order},
                      {"NaN stays in its row", not_a_number_stays_in_its_row},
                      {"layer of a model", layer_of_a_model},
                      {"an empty plan is refused", an_empty_plan_is_refused}});
