@@ -6,6 +6,13 @@
 #include "host/call_counter.h"
 #include "host/tensor.h"
 #include "low_rank/forward.h"
+#ifdef LOWFAT_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "host/cuda_launch.h"
+#include "host/cuda_stream.h"
+#include "low_rank/pivoted.h"
+#endif
 
 namespace low_rank {
 
@@ -14,6 +21,10 @@ namespace {
 using torch::headeronly::ScalarType;
 
 CallCounter decode_calls("low_rank_pivoted", "cpu", "decode"), library_calls("low_rank_pivoted", "cpu", "library");
+#ifdef LOWFAT_CUDA
+CallCounter cuda_decode_calls("low_rank_pivoted", "cuda", "decode"),
+    cuda_library_calls("low_rank_pivoted", "cuda", "library");
+#endif
 
 constexpr Who kWho{"low_rank_pivoted", -1, "c"};
 
@@ -138,7 +149,57 @@ Tensor low_rank_pivoted_cpu(const Tensor& x, const Tensor& v, const Tensor& c, c
   }
 }
 
+#ifdef LOWFAT_CUDA
+
+// One launch; nothing where the kernels do not take this call.
+std::optional<Tensor> decode_cuda(const Sizes& s, const Tensor& x_any, const Tensor& v_any, const Tensor& c_any,
+                                  const Tensor& pivots_any, const std::optional<Tensor>& bias_any) {
+  const Tensor x = as_contiguous(x_any), v = as_contiguous(v_any), c = as_contiguous(c_any);
+  const Tensor pivots = as_contiguous(pivots_any);
+  const std::optional<Tensor> bias = bias_any ? std::optional<Tensor>(as_contiguous(*bias_any)) : std::nullopt;
+  const int device = s.kind.device_index;
+  const Gpu gpu = gpu_of(device);
+  const bool aligned = is_aligned(x) && is_aligned(v) && is_aligned(c) && is_aligned(pivots);
+  const DecodePlan plan =
+      choose_pivoted({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned});
+  if (plan.token_tiles == 0) return std::nullopt;
+  void* stream = current_cuda_stream(device);
+  const char* error = nullptr;
+  uint64_t* counter = grid_counter(device, stream, plan.grid, error);
+  check_launch(kWho.op, error, gpu.arch);
+  if (!counter) return std::nullopt;
+
+  cuda_decode_calls.count();
+  Kind floats = s.kind;
+  floats.dtype = aoti_torch_dtype_float32();
+  const Tensor partials = empty(floats, {plan.splits, s.m, s.r}), y = empty_rows(x, s.kind, s.n);
+  PivotedParams p{};
+  p.x = elements(x), p.v = elements(v), p.c = elements(c), p.bias = bias ? elements(*bias) : nullptr;
+  p.pivots = static_cast<const int64_t*>(pivots.const_data_ptr());
+  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  p.counter = counter;
+  p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
+  check_launch(kWho.op, launch_pivoted(plan, p, s.dtype, stream), gpu.arch);
+  return y;
+}
+
+Tensor low_rank_pivoted_cuda(const Tensor& x, const Tensor& v, const Tensor& c, const Tensor& pivots,
+                             const std::optional<Tensor>& bias) {
+  const Sizes s = check(x, v, c, pivots, bias);
+  const torch::stable::accelerator::DeviceGuard guard(s.kind.device_index);
+  if (std::optional<Tensor> y = decode_cuda(s, x, v, c, pivots, bias)) return *y;
+  cuda_library_calls.count();
+  return gathered(s, forward_cuda(kWho, x, v, c, std::nullopt, true), pivots, bias);
+}
+
+#endif
+
 }  // namespace
 }  // namespace low_rank
 
 STABLE_TORCH_LIBRARY_IMPL(lowfat, CPU, m) { m.impl("low_rank_pivoted", TORCH_BOX(&low_rank::low_rank_pivoted_cpu)); }
+
+#ifdef LOWFAT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) { m.impl("low_rank_pivoted", TORCH_BOX(&low_rank::low_rank_pivoted_cuda)); }
+#endif

@@ -11,7 +11,7 @@ from lowfat.ops import low_rank, low_rank_group
 from lowfat.ops.low_rank_group import reference
 
 OPS = torch.ops.lowfat
-PATHS = {"cpu": ("members",)}
+PATHS = {"cpu": ("members",), "cuda": ("decode", "members")}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 SIZES = {"one": [(9, 33)], "gate and up": [(9, 33), (16, 33)], "q, k, v": [(16, 64), (5, 8), (3, 17)],
@@ -180,3 +180,43 @@ def test_the_path_on_a_cpu_is_recorded(rows, path):
         found = call(x, *lists)
         assert all(torch.equal(y, low_rank(x, *member)) for y, *member in zip(found, *lists, strict=True))
     assert paths("cpu") == before | {"members": before["members"] + 2, f"member {path}": before[f"member {path}"] + 12}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes,rows,path", [
+    ([(64, 136), (16, 64), (16, 64)], 1, "decode"), ([(64, 136), (16, 64), (16, 64)], 16, "decode"),
+    ([(64, 136)] * 4, 7, "decode"), ([(64, 136)] * 5, 1, "members"), ([(64, 136)] * 2, 17, "members"), ([(64, 136), (12, 64)], 1, "members"),
+    ([(64, 136)], 0, "members")])
+def test_the_path_on_a_gpu_is_recorded(sizes, rows, path):
+    """T-dispatch-record, within the gates of each member."""
+    x = torch.randn(rows, 264).to("cuda", torch.bfloat16)
+    lists, before = members(sizes, 264, dtype=torch.bfloat16, device="cuda"), paths("cuda")
+    found = gates.check_call(flat(OPS.low_rank_group), (x, *(t for one in lists for t in one)))
+    assert paths("cuda")[path] == before[path] + 2  # check_call calls twice
+    for y, expected, v, u, bias in zip(found, framework(x, *lists), *lists):
+        assert gates.failed_gates(y, expected, gates.chain(x, v.T, u.T, bias=bias)) == []
+
+
+@pytest.mark.gpu
+def test_operands_off_their_alignment_go_member_by_member():
+    x = torch.randn(1, 264).to("cuda", torch.bfloat16)
+    v, u, bias = members([(64, 136)] * 2, 264, dtype=torch.bfloat16, device="cuda")
+    v[1] = torch.cat([v[1].new_zeros(1), v[1].flatten()])[1:].view(64, 264)
+    before = paths("cuda")
+    found, expected = low_rank_group(x, v, u, bias), [low_rank(x, *member) for member in zip(v, u, bias)]
+    assert paths("cuda")["members"] == before["members"] + 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_graph_replays_with_new_values():
+    x = torch.randn(4, 264).cuda().bfloat16()
+    lists = members([(64, 136), (16, 64)], 264, dtype=torch.bfloat16, device="cuda")
+    low_rank_group(x, *lists)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = low_rank_group(x, *lists)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(y, low_rank_group(x, *lists), strict=True))

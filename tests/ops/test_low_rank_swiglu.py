@@ -154,3 +154,19 @@ def test_the_path_on_a_cpu_is_recorded(m, path):
     assert paths() == [before[0] + 1, before[1] + 2]
     gate, up = (low_rank(x, *member) for member in zip(*lists))
     assert torch.equal(y, silu(gate) * up)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape,path", [((1, 264, 64, 16, 136), "decode"), ((16, 264, 16, 64, 72), "decode"),
+                                        ((17, 264, 64, 16, 136), "members"), ((1, 264, 64, 12, 136), "members")])
+def test_the_path_on_a_gpu_is_recorded(shape, path):
+    """T-dispatch-record, within the gates."""
+    def paths():
+        return {path: _native.calls("low_rank_swiglu", "cuda", path) for path in ("decode", "members")}
+
+    x, v, u, bias = args = operands(*shape, torch.bfloat16, "cuda")
+    before = paths()
+    y = gates.check_call(flat(OPS.low_rank_swiglu), apart(*args))
+    assert paths() == before | {path: before[path] + 2}  # check_call calls twice
+    known = gates.product_of(*(gates.chain(x, a.T, b.T, bias=c) for a, b, c in zip(v, u, bias)))
+    assert gates.failed_gates(y, framework(*args), known) == []
