@@ -1,4 +1,4 @@
-// Several low_rank with one input on a GPU, for a few rows of x, in one pass over the weights: y_i = (x v_i^T) u_i^T + bias_i
+// Several low_rank of one input on a GPU, for a few rows of x, in one pass over the weights: y_i = (x v_i^T) u_i^T + bias_i
 // (q, k, v), or y = silu(y_0) y_1 (gate and up of SwiGLU), where only y is written. Each x v_i^T is rounded once.
 //
 //   x [m, k]   v_i [r_i, k]   u_i [n_i, r_i]   bias_i [n_i]   y_i [m, n_i]   i < 4   m <= 16, bf16 or fp16, aligned rows
@@ -13,7 +13,7 @@
 // A block gathers h of those members whose tiles it has. Gate and up of a column are added up in the same block, and silu
 // takes what has not been rounded.
 //
-// Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator; it HAS NEVER RUN ON A GPU, and no speed is claimed.
+// Compiled for sm_80, sm_90a and as PTX, run by tests in an emulator; it HAS NEVER RUN ON A GPU, and no speed is claimed.
 #include "device/grid.h"
 #include "device/launch.h"
 #include "low_rank/decode_steps.h"

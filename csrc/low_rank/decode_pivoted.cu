@@ -1,17 +1,17 @@
-// The pivoted form of low_rank (PIFA) on a GPU for a few rows of x, in one pass over the weights. r columns of y, the pivots, are
-// h = x v^T; the others, in their order, are h c^T. h is rounded once, and bias added to either.
+// The pivoted form of low_rank (PIFA) on a GPU for a few rows of x, in one pass over the weights. r columns of y, the pivots,
+// are h = x v^T; the others, in their order, are h c^T. h is rounded once, and bias added to either.
 //
 //   x [m, k]   v [r, k]   c [n - r, r]   pivots [r]   bias [n]   h [m, r]   y [m, n]     m <= 16, bf16 or fp16, aligned rows
 //
 //   pivots 1 4 5      y [.][h0][.][.][h1][h2][.]
 //                      c0      c1 c2         c3
 //
-// The kernel is decode (decode.cu) with c for u. Nobody stores where the rows of c go: a block searches the pivots for it while
-// it waits for h. Each block writes some columns of h to y.
+// The kernel is decode (decode.cu) with c for u. Nobody stores where the rows of c go: a block searches the pivots for it
+// while it waits for h. Each block writes some columns of h to y.
 //
 // Pivots are strictly ascending and lie in [0, n). Of others y is wrong, but nothing outside of it is touched.
 //
-// Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator; it HAS NEVER RUN ON A GPU, and no speed is claimed.
+// Compiled for sm_80, sm_90a and as PTX, run by tests in an emulator; it HAS NEVER RUN ON A GPU, and no speed is claimed.
 #include "device/grid.h"
 #include "device/launch.h"
 #include "low_rank/decode_steps.h"
@@ -55,7 +55,7 @@ struct Columns {
         smem_columns(reinterpret_cast<int*>(second.smem_bias + columns_for(p.tiles, p.r, gridDim.x))) {}
 };
 
-// All pivots to where h will be: the search does not wait for memory at each step. Before u, so that they do not wait for it.
+// All pivots to where h will be: the search does not wait for memory at each step. Before u, not to wait for that.
 LOWFAT_DEVICE void copy_pivots(const PivotedParams& p, uint16_t* smem_h) {
   for (int i = threadIdx.x * 2; i < p.r; i += blockDim.x * 2) device::copy16_async(smem_h + 4 * i, p.pivots + i);
   device::commit_copies();

@@ -1,13 +1,13 @@
-// Who does what in the decode kernel of the pivoted form, on top of decode_layout.h: where the columns of y are that c makes, and
-// which columns of h a block writes.
+// Who does what in the decode kernel of the pivoted form, on top of decode_layout.h: where the columns of y are that c makes,
+// and which columns of h a block writes.
 #pragma once
 
 #include "low_rank/decode_layout.h"
 
 namespace low_rank {
 
-// The column of y that row `row` of c makes: the one before which are `row` others that are no pivots. Of ascending pivots the
-// first i with pivots[i] - i > row is looked for; i is within [0, r] whatever the pivots are, and so the column within
+// The column of y that row `row` of c makes: the one before which are `row` others that are no pivots. Of ascending pivots
+// the first i with pivots[i] - i > row is looked for; i is within [0, r] whatever the pivots are, and so the column within
 // [row, row + r].
 LOWFAT_CONSTEXPR int complement_column(const int64_t* pivots, int r, int row) {
   int first = 0, last = r;
@@ -31,7 +31,9 @@ LOWFAT_CONSTEXPR int column_or_none(int64_t column, int n) {
 LOWFAT_CONSTEXPR Range pivots_of_block(int r, int grid, int block) { return share(r, grid, block); }
 
 // A block's list of columns of y: those of its tiles of c, then those of its pivots.
-LOWFAT_CONSTEXPR int columns_for(int tiles, int r, int grid) { return tiles * kTileRows + parts_of(parts_of(r, grid), 8) * 8; }
+LOWFAT_CONSTEXPR int columns_for(int tiles, int r, int grid) {
+  return tiles * kTileRows + parts_of(parts_of(r, grid), 8) * 8;  // what follows is 16-byte aligned
+}
 
 // The bias of each column, and where the bias ends, the column.
 LOWFAT_CONSTEXPR DecodeMemory pivoted_memory(int token_tiles, int tiles, int r, int grid, int prefetch) {

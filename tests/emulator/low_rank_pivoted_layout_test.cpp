@@ -1,4 +1,4 @@
-// Where columns of the pivoted form go: every complement of few columns, many of more, and none outside whatever the pivots are.
+// Where columns of the pivoted form go: every complement of few columns, many of more, none outside whatever the pivots are.
 #include "low_rank/decode_pivoted_layout.h"
 
 #include <set>
@@ -46,7 +46,7 @@ void some_sets_of_more(uint64_t seed) {
 
 void no_column_is_outside(uint64_t seed) {
   emulator::Random random(seed);
-  const int64_t wild[] = {INT64_MIN, -1, 0, 1, 7, 100, int64_t{1} << 31, int64_t{1} << 32, (int64_t{1} << 32) + 5, INT64_MAX};
+  const int64_t wild[] = {INT64_MIN, -1, 0, 1, 7, 100, 1ll << 31, 1ll << 32, (1ll << 32) + 5, INT64_MAX};
   for (int round = 0; round < 2000; ++round) {
     const int r = 8 * (1 + static_cast<int>(random.below(10))), n = r + static_cast<int>(random.below(100));
     std::vector<int64_t> pivots(r);

@@ -107,7 +107,8 @@ DecodePlan plan_of(const Shape& s) {
 
 // Runs the op `times` over, outputs and workspace poisoned again before each.
 template <class T>
-Outputs run(const Shape& s, const Operands& in, const std::vector<int64_t>& which, emulator::Options options, int times = 1) {
+Outputs run(const Shape& s, const Operands& in, const std::vector<int64_t>& which, emulator::Options options,
+            int times = 1) {
   const DecodePlan plan = plan_of(s);
   emulator::Buffer<uint16_t> x("x", in.x), v("v", in.v), c("c", in.u), bias("bias", in.bias);
   emulator::Buffer<int64_t> pivots("pivots", which);

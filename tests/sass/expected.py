@@ -34,8 +34,8 @@ class Expected:
 
 # low_rank/decode*.cu, kernels made of the same steps. In front of the first barrier stand 16 loads of v (a batch and the one
 # ahead) and one of x for each of their steps at least; then, before h is there, the copies of u: a loop unrolled to 8, and 2
-# for its tail, with one more for pivots. decode_second loads nothing to registers before it waits (ptxas would put such loads
-# behind ACQBULK). The one fence is the release of the grid's barrier. Narrow loads are of bias and residual, at any address.
+# for its tail, with one more for pivots. decode_second loads nothing to registers before it waits (ptxas would put such
+# loads behind ACQBULK). The one fence is the release of the grid's barrier. Narrow loads are of bias and residual, at any address.
 DECODE = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 # low_rank/backward.cu. In front of the first barrier three stages are asked for, two pieces of each operand; two blocks of the
 # large tile share a multiprocessor, three of the small one. Sums over splits have four loads on their way.
