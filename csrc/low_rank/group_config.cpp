@@ -25,13 +25,24 @@ GroupPlan of_equal_members(const Problem& p, int count, bool is_swiglu) {
   return choose_group(p, count, n, r, is_swiglu);
 }
 
-Described describe_group(const Problem& p) { return described(p, of_equal_members(p, p.members, false)); }
-Described describe_swiglu(const Problem& p) { return described(p, of_equal_members(p, 2, true)); }
-Described describe_pivoted(const Problem& p) { return described(p, choose_pivoted(p)); }
+Described describe_group(const Problem& p) {
+  if (p.device == Device::cpu) return {{"path", "members"}, {"level", name_of(p.level)}};  // each goes low_rank's way
+  return described(p, of_equal_members(p, p.members, false));
+}
 
-const RegisterOp registered_group({"low_rank_group", {}, compiled_cuda_archs(), &describe_group});
-const RegisterOp registered_swiglu({"low_rank_swiglu", {}, compiled_cuda_archs(), &describe_swiglu});
-const RegisterOp registered_pivoted({"low_rank_pivoted", {}, compiled_cuda_archs(), &describe_pivoted});
+Described describe_swiglu(const Problem& p) {
+  return p.device == Device::cpu ? describe_group(p) : described(p, of_equal_members(p, 2, true));
+}
+
+Described describe_pivoted(const Problem& p) {
+  if (p.device == Device::cuda) return described(p, choose_pivoted(p));
+  const bool is_decode = choose_config(p).path == Path::decode;
+  return {{"path", p.m == 0 ? "empty" : is_decode ? "decode" : "library"}, {"level", name_of(p.level)}};
+}
+
+const RegisterOp registered_group({"low_rank_group", compiled_cpu_levels(), compiled_cuda_archs(), &describe_group});
+const RegisterOp registered_swiglu({"low_rank_swiglu", compiled_cpu_levels(), compiled_cuda_archs(), &describe_swiglu});
+const RegisterOp registered_pivoted({"low_rank_pivoted", compiled_cpu_levels(), compiled_cuda_archs(), &describe_pivoted});
 
 }  // namespace
 
