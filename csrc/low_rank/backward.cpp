@@ -4,6 +4,8 @@
 #ifdef LOWFAT_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <tuple>
 
 #include "host/call_counter.h"
@@ -16,7 +18,9 @@ namespace low_rank {
 
 namespace {
 
-CallCounter kernel_calls("low_rank_backward", "cuda", "kernels"), library_calls("low_rank_backward", "cuda", "library");
+CallCounter kernel_calls("low_rank_backward", "cuda", "kernels"), library_calls("low_rank_backward", "cuda", "library"),
+    into_kernel_calls("low_rank_backward_into", "cuda", "kernels"),
+    into_library_calls("low_rank_backward_into", "cuda", "library");
 
 constexpr int kNeedsDh = kNeedsDx | kNeedsDv;
 
@@ -35,7 +39,7 @@ bool has_rows_of(const Tensor& t, const Tensor& x, int64_t last) {
   return true;
 }
 
-// The conditions that the reference checks with a named error.
+// The conditions that the references check with a named error.
 Sizes check(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& h, const Tensor& v, const Tensor& u) {
   STD_TORCH_CHECK(x.dim() >= 1, "low_rank: x has no dimensions, must be [..., k]");
   STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, "low_rank: v has ", v.dim(), " and u ", u.dim(),
@@ -85,6 +89,37 @@ Gradients library(const Sizes& s, const Arguments& in, const Tensor& x, int64_t 
           wanted(kNeedsDb, [&] { return torch::stable::sum(in.dy, rows); })};
 }
 
+BackwardPlan plan_of(const Sizes& s, const Arguments& in, int64_t needs, bool is_added, const Gpu& gpu) {
+  const bool aligned =
+      is_aligned(in.dy) && is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u) && (!in.h || is_aligned(*in.h));
+  const Problem problem{s.m, s.n, s.k, s.r, dtype_of(s.kind), Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count,
+                        aligned};
+  return choose_backward(problem, static_cast<int>(needs), is_added);
+}
+
+struct Destinations {  // null where not wanted
+  void *dx, *dv, *du, *db;
+};
+
+void run(const char* op, const BackwardPlan& plan, const Sizes& s, const Arguments& in, int64_t needs,
+         const Destinations& to, const Gpu& gpu) {
+  Kind floats = s.kind;
+  floats.dtype = aoti_torch_dtype_float32();
+  const Tensor dh = needs & kNeedsDh ? empty(s.kind, {s.m, s.r}) : empty(s.kind, {0});
+  const Tensor partials = empty(floats, {plan.partials});
+  BackwardParams p{};
+  p.dy = elements(in.dy), p.x = elements(in.x), p.v = elements(in.v), p.u = elements(in.u);
+  p.h = in.h ? elements(*in.h) : nullptr;
+  p.dh = static_cast<uint16_t*>(dh.mutable_data_ptr());
+  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.dx = static_cast<uint16_t*>(to.dx);
+  p.dv = to.dv, p.du = to.du, p.db = to.db;
+  p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
+  p.needs = static_cast<int>(needs);
+  void* stream = current_cuda_stream(s.kind.device_index);
+  check_launch(op, launch_backward(plan, p, dtype_of(s.kind), gpu.sm_count, stream), gpu.arch);
+}
+
 Gradients low_rank_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
                                  const Tensor& v_any, const Tensor& u_any, int64_t needs) {
   const Sizes s = check(dy_any, x_any, h_any, v_any, u_any);
@@ -93,39 +128,98 @@ Gradients low_rank_backward_cuda(const Tensor& dy_any, const Tensor& x_any, cons
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Arguments in(s, dy_any, x_any, h_any, v_any, u_any, needs);
   const Gpu gpu = gpu_of(device);
-  const Dtype dtype = dtype_of(s.kind);
-  const bool aligned =
-      is_aligned(in.dy) && is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u) && (!in.h || is_aligned(*in.h));
-  const BackwardPlan plan = choose_backward(
-      {s.m, s.n, s.k, s.r, dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned}, static_cast<int>(needs));
+  const BackwardPlan plan = plan_of(s, in, needs, false, gpu);
   if (plan.tile == 0 || needs == 0) return library(s, in, x_any, needs);
 
   kernel_calls.count();
   const auto wanted = [&](int need, std::vector<int64_t> sizes) {
     return needs & need ? empty(s.kind, sizes) : empty(s.kind, {0});
   };
-  Kind floats = s.kind;
-  floats.dtype = aoti_torch_dtype_float32();
-  const Tensor dh = wanted(kNeedsDh, {s.m, s.r}), partials = empty(floats, {plan.partials});
   Tensor dx = wanted(kNeedsDx, {s.m, s.k}), dv = wanted(kNeedsDv, {s.r, s.k}), du = wanted(kNeedsDu, {s.n, s.r});
   Tensor db = wanted(kNeedsDb, {s.n});
-  BackwardParams p{};
-  p.dy = elements(in.dy), p.x = elements(in.x), p.v = elements(in.v), p.u = elements(in.u);
-  p.h = in.h ? elements(*in.h) : nullptr;
-  p.dh = static_cast<uint16_t*>(dh.mutable_data_ptr());
-  p.partials = static_cast<float*>(partials.mutable_data_ptr());
-  p.dx = static_cast<uint16_t*>(dx.mutable_data_ptr());
-  p.dv = dv.mutable_data_ptr(), p.du = du.mutable_data_ptr(), p.db = db.mutable_data_ptr();
-  p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
-  p.needs = static_cast<int>(needs);
-  check_launch("low_rank_backward", launch_backward(plan, p, dtype, gpu.sm_count, current_cuda_stream(device)), gpu.arch);
+  const Destinations to{dx.mutable_data_ptr(), dv.mutable_data_ptr(), du.mutable_data_ptr(), db.mutable_data_ptr()};
+  run("low_rank_backward", plan, s, in, needs, to, gpu);
   if (needs & kNeedsDx) dx = shaped_like(dx, x_any);
   return {std::move(dx), std::move(dv), std::move(du), std::move(db)};
+}
+
+// --- the same, added to floats that are there ---
+
+// dv, du and db of low_rank_backward_into.
+struct Totals {
+  std::optional<Tensor> dv, du, db;
+
+  int64_t needs() const { return (dv ? kNeedsDv : 0) | (du ? kNeedsDu : 0) | (db ? kNeedsDb : 0); }
+  bool fit_kernels() const {
+    const auto fits = [](const std::optional<Tensor>& t) { return !t || (t->is_contiguous() && is_aligned(*t)); };
+    return fits(dv) && fits(du) && fits(db);
+  }
+};
+
+void check_total(const char* name, const std::optional<Tensor>& total, const Sizes& s,
+                 std::initializer_list<int64_t> sizes) {
+  if (!total) return;
+  const auto found = total->sizes();
+  STD_TORCH_CHECK(found.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), found.begin()),
+                  "low_rank_backward_into: ", name, " must have the shape of what it is the gradient of");
+  Kind wanted = s.kind;
+  if (dtype_of(s.kind) != Dtype::float64) wanted.dtype = aoti_torch_dtype_float32();
+  STD_TORCH_CHECK(kind_of(*total) == wanted, "low_rank_backward_into: ", name,
+                  " must be float32 (float64 for float64 inputs) and on the device of x");
+}
+
+// What the reference does: products of halves are summed and kept in floats.
+void add_by_library(const Sizes& s, const Arguments& in, const std::optional<Tensor>& dh, Totals& totals) {
+  using torch::headeronly::ScalarType;
+  const Dtype dtype = dtype_of(s.kind);
+  const bool is_half = dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+  const auto product = [&](const Tensor& a, const Tensor& b) {
+    const Tensor across = torch::stable::transpose(a, 0, 1);
+    return is_half ? call_torch("aten::mm", "dtype", across, b, ScalarType::Float) : torch::stable::matmul(across, b);
+  };
+  const auto add_to = [](Tensor& total, const Tensor& gradient) { torch::stable::copy_(total, add(total, gradient)); };
+  const int64_t rows[] = {0};
+  const std::optional<ScalarType> wide = is_half ? std::optional<ScalarType>(ScalarType::Float) : std::nullopt;
+  if (totals.dv) add_to(*totals.dv, product(*dh, in.x));
+  if (totals.du) add_to(*totals.du, product(in.dy, *in.h));
+  if (totals.db) add_to(*totals.db, torch::stable::sum(in.dy, rows, false, wide));
+}
+
+Tensor low_rank_backward_into_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
+                                   const Tensor& v_any, const Tensor& u_any, const std::optional<Tensor>& dv,
+                                   const std::optional<Tensor>& du, const std::optional<Tensor>& db, bool needs_dx) {
+  const Sizes s = check(dy_any, x_any, h_any, v_any, u_any);
+  check_total("dv", dv, s, {s.r, s.k});
+  check_total("du", du, s, {s.n, s.r});
+  check_total("db", db, s, {s.n});
+  Totals totals{dv, du, db};
+  const int64_t needs = totals.needs() | (needs_dx ? kNeedsDx : 0);
+  const int device = s.kind.device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Arguments in(s, dy_any, x_any, h_any, v_any, u_any, needs);
+  const Gpu gpu = gpu_of(device);
+  const BackwardPlan plan = plan_of(s, in, needs, true, gpu);
+  if (plan.tile == 0 || needs == 0 || !totals.fit_kernels()) {
+    into_library_calls.count();
+    std::optional<Tensor> dh;
+    if (needs & kNeedsDh) dh = torch::stable::matmul(in.dy, in.u);
+    add_by_library(s, in, dh, totals);
+    return needs_dx ? shaped_like(torch::stable::matmul(*dh, in.v), x_any) : empty(s.kind, {0});
+  }
+  into_kernel_calls.count();
+  const Tensor dx = needs_dx ? empty(s.kind, {s.m, s.k}) : empty(s.kind, {0});
+  const auto place_of = [](const std::optional<Tensor>& total) { return total ? total->mutable_data_ptr() : nullptr; };
+  const Destinations to{dx.mutable_data_ptr(), place_of(dv), place_of(du), place_of(db)};
+  run("low_rank_backward_into", plan, s, in, needs, to, gpu);
+  return needs_dx ? shaped_like(dx, x_any) : dx;
 }
 
 }  // namespace
 }  // namespace low_rank
 
-STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) { m.impl("low_rank_backward", TORCH_BOX(&low_rank::low_rank_backward_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) {
+  m.impl("low_rank_backward", TORCH_BOX(&low_rank::low_rank_backward_cuda));
+  m.impl("low_rank_backward_into", TORCH_BOX(&low_rank::low_rank_backward_into_cuda));
+}
 
 #endif

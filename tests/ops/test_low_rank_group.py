@@ -185,8 +185,8 @@ def test_the_path_on_a_cpu_is_recorded(rows, path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes,rows,path", [
     ([(64, 136), (16, 64), (16, 64)], 1, "decode"), ([(64, 136), (16, 64), (16, 64)], 16, "decode"),
-    ([(64, 136)] * 4, 7, "decode"), ([(64, 136)] * 5, 1, "members"), ([(64, 136)] * 2, 17, "members"), ([(64, 136), (12, 64)], 1, "members"),
-    ([(64, 136)], 0, "members")])
+    ([(64, 136)] * 4, 7, "decode"), ([(64, 136)] * 5, 1, "members"), ([(64, 136)] * 2, 17, "members"),
+    ([(64, 136), (12, 64)], 1, "members"), ([(64, 136)], 0, "members")])
 def test_the_path_on_a_gpu_is_recorded(sizes, rows, path):
     """T-dispatch-record, within the gates of each member."""
     x = torch.randn(rows, 264).to("cuda", torch.bfloat16)
