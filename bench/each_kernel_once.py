@@ -2,10 +2,10 @@
 import sys
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
 
 from lowfat import _native
-from lowfat.bench.gates import chain, failed_gates
+from lowfat.bench.gates import chain, failed_gates, finished, product_of
 
 OPS = torch.ops.lowfat
 K, N, R = 776, 520, 72  # ragged against tiles of 16 and 64 rows and steps of 32 and 64
@@ -29,6 +29,41 @@ def low_rank(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
     return failed
 
 
+def low_rank_epilogue(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    x, residual, v, u, bias = operands(m, dtype, device)
+    y = OPS.low_rank_epilogue(x, v, u, bias, "gelu", residual)
+    plain = gelu(linear(linear(x, v), u, bias)) + residual
+    return failed_gates(y, plain, finished(chain(x, v.T, u.T, bias=bias), "gelu", residual))
+
+
+def low_rank_group(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Members of other ranks, the last with fewer outputs."""
+    x, _, v, u, bias = operands(m, dtype, device)
+    members = [(v, u, bias), (v[:40], u[:, :40].contiguous(), None), (v, u[:264], bias[:264])]
+    found = OPS.low_rank_group(x, *(list(parts) for parts in zip(*members)))
+    return sorted({gate for y, (v, u, bias) in zip(found, members, strict=True)
+                   for gate in failed_gates(y, linear(linear(x, v), u, bias), chain(x, v.T, u.T, bias=bias))})
+
+
+def low_rank_swiglu(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    x, _, v, u, bias = operands(m, dtype, device)
+    gate_v, gate_u = v[:40].flip(1).contiguous(), u[:, :40].contiguous()  # of another rank than up
+    y = OPS.low_rank_swiglu(x, [gate_v, v], [gate_u, u], [None, bias])
+    known = product_of(chain(x, gate_v.T, gate_u.T), chain(x, v.T, u.T, bias=bias))
+    return failed_gates(y, silu(linear(linear(x, gate_v), gate_u)) * linear(linear(x, v), u, bias), known)
+
+
+def low_rank_pivoted(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    x, _, v, u, bias = operands(m, dtype, device)
+    pivots = torch.randperm(N, device=device)[:R].sort().values
+    others = torch.ones(N, dtype=torch.bool, device=device).index_fill_(0, pivots, False)
+    c = u[R:].contiguous()
+    y, h = OPS.low_rank_pivoted(x, v, c, pivots, bias), linear(x, v)
+    at_pivots = chain(x, v.T, torch.eye(R, device=device), bias=bias[pivots])  # h is rounded there too
+    return [*failed_gates(y[:, pivots], h + bias[pivots], at_pivots),
+            *failed_gates(y[:, others], linear(h, c, bias[others]), chain(x, v.T, c.T, bias=bias[others]))]
+
+
 def low_rank_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
     x, dy, v, u, _ = operands(m, dtype, device)
     h = linear(x, v)
@@ -40,18 +75,32 @@ def low_rank_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[
             *failed_gates(db[None], linear(ones, dy.T), chain(ones, dy))]
 
 
+def low_rank_backward_into(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Onto ones: what was there stays."""
+    x, dy, v, u, _ = operands(m, dtype, device)
+    h = linear(x, v)
+    dv, du, db = (torch.ones(shape, device=device) for shape in (v.shape, u.shape, u.shape[:1]))
+    OPS.low_rank_backward_into(dy, x, h, v, u, dv, du, db, True)
+    return [*failed_gates(dv - 1, linear(linear(u.T, dy), x.T).float(), chain(u.T, dy.T, x), dtype),
+            *failed_gates(du - 1, linear(dy.T, h.T).float(), chain(dy.T, h), dtype)]
+
+
 def kernels_here() -> list[tuple[str, str]]:
     """(op, path) of every kernel that this GPU is meant to run."""
     paths = {(8, 0): ("decode", "small batch sm_80"), (9, 0): ("decode", "small batch", "chain")}
     here = paths.get(torch.cuda.get_device_capability(), ("decode",))
-    return [*(("low_rank", path) for path in here), ("low_rank_backward", "kernels")]
+    decoded = [(op, "decode") for op in ("low_rank_group", "low_rank_swiglu", "low_rank_pivoted")]
+    return [*(("low_rank", path) for path in here), *decoded, ("low_rank_backward", "kernels"),
+            ("low_rank_backward_into", "kernels")]
 
 
 def main() -> int:
     torch.manual_seed(0)
     before, status = {(op, path): _native.calls(op, "cuda", path) for op, path in kernels_here()}, 0
     for dtype in (torch.bfloat16, torch.float16):
-        for op, m in ((low_rank, 1), (low_rank, 16), (low_rank, 100), (low_rank, 300), (low_rank_backward, 100)):
+        for op, m in (*((op, m) for op in (low_rank, low_rank_epilogue) for m in (1, 16, 100, 300)),
+                      *((op, 5) for op in (low_rank_group, low_rank_swiglu, low_rank_pivoted)),
+                      (low_rank_backward, 100), (low_rank_backward_into, 100)):
             failed = op(m, dtype)
             print("FAIL" if failed else "pass", op.__name__, dtype, f"m = {m}", *failed)
             status |= bool(failed)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import deterministic
 
-from lowfat.bench.gates import (ROUNDOFF, Chain, chain, element_gate, exact_gate, failed_gates, max_gate,  # noqa: F401
-                                norm_gate)
+from lowfat.bench.gates import (ACTIVATIONS, ROUNDOFF, SLOPES, Chain, chain, element_gate, exact_gate,  # noqa: F401
+                                failed_gates, finished, max_gate, norm_gate, product_of)
 
 # name -> ((tokens m, in k, rank r, out n), what is done to x); ragged on purpose
 RECIPES = {
@@ -60,30 +60,6 @@ def gradient_chains(dy: Tensor, x: Tensor, v: Tensor, u: Tensor) -> dict[str, Ch
     """dx, dv, du, db of y = (x v^T) u^T + bias as chains; dy, x are [m, .]. du comes transposed."""
     ones = torch.ones(1, dy.shape[0], dtype=dy.dtype, device=dy.device)
     return {"dx": chain(dy, u, v), "dv": chain(u.T, dy.T, x), "du": chain(v, x.T, dy), "db": chain(ones, dy)}
-
-
-ACTIVATIONS = {"none": lambda z: z, "relu": lambda z: z.clamp(min=0), "gelu": lambda z: z * torch.special.ndtr(z),
-               "gelu_tanh": lambda z: z / 2 * (1 + torch.tanh(sqrt(2 / pi) * (z + 0.044715 * z**3))),
-               "silu": lambda z: z * torch.sigmoid(z)}
-SLOPES = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1}  # the steepest that each gets
-
-
-def finished(z: Chain, activation: str, residual: Tensor | None = None) -> Chain:
-    """The activation of a chain, plus the residual, where both that and the chain itself may have been stored."""
-    y, slope = ACTIVATIONS[activation](z.y64), SLOPES[activation]
-    mids, magnitude = [slope * mid for mid in (*z.mids, z.y64.abs())], slope * z.magnitude
-    if residual is not None:
-        mids, magnitude, y = [*mids, y.abs()], magnitude + residual.double().abs(), y + residual.double()
-    return Chain(y, mids, magnitude, z.length + 2, z.roundings)
-
-
-def product_of(gate: Chain, up: Chain) -> Chain:
-    """silu(gate) * up, where gate, its silu and up may each have been stored."""
-    y, slope = ACTIVATIONS["silu"](gate.y64), SLOPES["silu"] * up.y64.abs()
-    silu = y.abs()
-    mids = [slope * mid for mid in (*gate.mids, gate.y64.abs())] + [silu * mid for mid in (*up.mids, up.y64.abs())]
-    return Chain(y * up.y64, [*mids, silu * up.y64.abs()],
-                 slope * gate.magnitude + silu * up.magnitude, gate.length + up.length, min(gate.roundings, up.roundings))
 
 
 # --- layouts, guard zones, guard pages ---

@@ -3,7 +3,7 @@
 Everything is compared with fp64 of the already rounded inputs, and with the error that torch's own chain makes in the tested
 dtype, so that no tolerance is chosen by hand. A chain is y = x F1 F2 ... + bias, sums accumulated in fp32."""
 from dataclasses import dataclass
-from math import sqrt
+from math import pi, sqrt
 
 import torch
 from torch import Tensor
@@ -38,16 +38,28 @@ def chain(first: Tensor, *factors: Tensor, bias: Tensor | None = None) -> Chain:
     return Chain(y, mids, magnitude, length, min(roundings))
 
 
-def gated_chain(gate: Chain, up: Chain) -> Chain:
-    """Of silu(gate) * up: errors of the two go on by the derivatives, and gate, up and silu may each be rounded."""
-    open_share = torch.sigmoid(gate.y64)
-    silu = gate.y64 * open_share
-    slope = (open_share * (1 + gate.y64 * (1 - open_share))).abs()  # of silu
-    by_gate, by_up, y = slope * up.y64.abs(), silu.abs(), silu * up.y64
-    mids = [by_gate * mid for mid in gate.mids] + [by_up * mid for mid in up.mids]
-    mids += [by_gate * gate.y64.abs(), y.abs()]
-    return Chain(y, mids, by_gate * gate.magnitude + by_up * up.magnitude, max(gate.length, up.length),
-                 min(gate.roundings, up.roundings))
+ACTIVATIONS = {"none": lambda z: z, "relu": lambda z: z.clamp(min=0), "gelu": lambda z: z * torch.special.ndtr(z),
+               "gelu_tanh": lambda z: z / 2 * (1 + torch.tanh(sqrt(2 / pi) * (z + 0.044715 * z**3))),
+               "silu": lambda z: z * torch.sigmoid(z)}
+SLOPES = {"none": 1.0, "relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1}  # the steepest that each gets
+
+
+def finished(z: Chain, activation: str, residual: Tensor | None = None) -> Chain:
+    """The activation of a chain, plus the residual, where both that and the chain itself may have been stored."""
+    y, slope = ACTIVATIONS[activation](z.y64), SLOPES[activation]
+    mids, magnitude = [slope * mid for mid in (*z.mids, z.y64.abs())], slope * z.magnitude
+    if residual is not None:
+        mids, magnitude, y = [*mids, y.abs()], magnitude + residual.double().abs(), y + residual.double()
+    return Chain(y, mids, magnitude, z.length + 2, z.roundings)
+
+
+def product_of(gate: Chain, up: Chain) -> Chain:
+    """silu(gate) * up, where gate, its silu and up may each have been stored."""
+    y, slope = ACTIVATIONS["silu"](gate.y64), SLOPES["silu"] * up.y64.abs()
+    silu = y.abs()
+    mids = [slope * mid for mid in (*gate.mids, gate.y64.abs())] + [silu * mid for mid in (*up.mids, up.y64.abs())]
+    return Chain(y * up.y64, [*mids, silu * up.y64.abs()],
+                 slope * gate.magnitude + silu * up.magnitude, gate.length + up.length, min(gate.roundings, up.roundings))
 
 
 def norm_gate(y: Tensor, framework: Tensor, y64: Tensor, factor: float = 1.25) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from ..ops import low_rank_swiglu
-from .gates import Chain, chain, failed_gates, gated_chain
+from .gates import Chain, chain, failed_gates, product_of
 from .low_rank import SCALE
 from .low_rank_group import members_of, stacked_then_each
 from .shapes import Layer
@@ -53,4 +53,4 @@ def judged(x: Tensor, results: list[tuple[tuple, Tensor]]) -> list[str]:
 
 def known_of(x: Tensor, v: Tensor, u: Tensor) -> Chain:
     gate, up = (chain(x, first.T, last.T) for first, last in zip(v, u, strict=True))
-    return gated_chain(gate, up)
+    return product_of(gate, up)
