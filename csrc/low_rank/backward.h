@@ -42,8 +42,9 @@ inline BackwardPlan choose_backward(const Problem& p, int needs, bool is_added =
   return plan_backward(p.m, p.n, p.k, p.r, needs, is_added, p.sm_count);
 }
 
-inline Described describe_backward(const Problem& p) {
-  const BackwardPlan plan = choose_backward(p, kNeedsDx | kNeedsDv | kNeedsDu | kNeedsDb);
+template <bool is_added>
+Described describe_backward(const Problem& p) {
+  const BackwardPlan plan = choose_backward(p, kNeedsDx | kNeedsDv | kNeedsDu | kNeedsDb, is_added);
   if (p.m == 0) return {{"path", "empty"}};
   if (plan.tile == 0) return {{"path", "library"}};
   return {{"path", "kernels"},

@@ -125,7 +125,8 @@ Described describe(const Problem& p) {
 }
 
 const RegisterOp registered({"low_rank", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
-const RegisterOp registered_backward({"low_rank_backward", {}, compiled_cuda_archs(), &describe_backward});
+const RegisterOp registered_backward({"low_rank_backward", {}, compiled_cuda_archs(), &describe_backward<false>});
+const RegisterOp registered_into({"low_rank_backward_into", {}, compiled_cuda_archs(), &describe_backward<true>});
 
 }  // namespace
 
