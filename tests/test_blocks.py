@@ -131,9 +131,9 @@ def test_a_loaded_model_is_grouped_and_saves_the_same_files(family, tmp_path):
 def test_what_stays_as_it_was_is_listed():
     assert set(factorized("Gemma")[1].others.values()) == {"GemmaAttention is not among the known blocks",
                                                            "GemmaMLP is not among the known blocks"}
-    assert set(factorized("Bert", hidden_act="gelu_new")[1].others.values()) == {
-        "its activation, NewGELUActivation, is none of low_rank's"}
-    assert set(factorized("Llama", hidden_act="gelu")[1].others.values()) == {"its activation is GELUActivation, not SiLU"}
+    for family, activation, name in (("Bert", "gelu_new", "NewGELU"), ("Llama", "gelu", "GELU")):
+        assert set(factorized(family, hidden_act=activation)[1].others.values()) == {
+            f"its activation is {name}Activation, which low_rank has not in its place"}
     model = built("Llama")
     some = lowfat.plan(model, method="svd", ratio=0.5, layers=["*.q_proj", "*.o_proj"])
     report = lowfat.factorize(model, some)
@@ -143,22 +143,101 @@ def test_what_stays_as_it_was_is_listed():
     assert set(distil[1].others.values()) == {"DistilBertSelfAttention is not among the known blocks"}
 
 
-def test_a_projection_replaced_or_watched_later_is_called_by_itself(counted):
-    model, _ = factorized("Llama")
+class Sub(lowfat.LowRank):
+    """Somebody's own layer, which may do anything."""
+
+
+def watch(kind):
+    def disturb(layer):
+        return getattr(layer, f"register_{kind}_hook")(lambda *args: None).remove
+    return disturb
+
+
+def patch(layer):
+    layer.forward = lambda *args: type(layer).forward(layer, *args)
+    return lambda: layer.__dict__.pop("forward")
+
+
+def of_another_class(layer):
+    own, layer.__class__ = type(layer), Sub if isinstance(layer, lowfat.LowRank) else type("Sub", (type(layer),), {})
+    return lambda: setattr(layer, "__class__", own)
+
+
+def watch_all(layer):
+    return nn.modules.module.register_module_forward_hook(lambda *args: None).remove
+
+
+DISTURBANCES = {"forward hook": watch("forward"), "forward pre-hook": watch("forward_pre"),
+                "backward hook": watch("full_backward"), "backward pre-hook": watch("full_backward_pre"),
+                "another forward": patch, "another class": of_another_class, "a hook on all modules": watch_all}
+
+
+@pytest.mark.parametrize("what", DISTURBANCES)
+@pytest.mark.parametrize("family, layer, op", [
+    ("Llama", "model.layers.0.self_attn.k_proj", "low_rank_group"), ("Llama", "model.layers.0.mlp.up_proj", "low_rank_swiglu"),
+    ("Llama", "model.layers.0.mlp.act_fn", "low_rank_swiglu"), ("Bert", "bert.encoder.layer.0.intermediate.dense", "low_rank"),
+    ("Bert", "bert.encoder.layer.0.intermediate.intermediate_act_fn", "low_rank"),
+    ("Bert", "bert.encoder.layer.0.output.dropout", "low_rank")])
+def test_who_touches_a_layer_has_it_called(family, layer, op, what, counted):
+    """Kills a block that goes on without the layer: the hook would not fire, the other forward not run."""
+    model, _ = factorized(family)
+    model.requires_grad_(False)
     expected = model(IDS).logits
-    first = model.model.layers[0].self_attn
-    seen = []
-    hook = first.q_proj.register_forward_hook(lambda module, args, y: seen.append(y.shape))
-    assert torch.equal(model(IDS).logits, expected) and seen == [(2, 9, 32)] and counted["low_rank_group"] == 3
-    hook.remove()
-    dense = nn.Linear(32, 48, bias=False)
-    with torch.no_grad():
-        dense.weight.copy_(model.model.layers[1].mlp.up_proj.dense())
-    model.model.layers[1].mlp.up_proj = dense
-    found = model(IDS).logits
-    assert counted["low_rank_swiglu"] == 5
+    calls = counted[op]
+    undo = DISTURBANCES[what](model.get_submodule(layer))
+    assert torch.equal(model(IDS).logits, expected)
+    assert counted[op] - calls == (0 if what == "a hook on all modules" else calls - 1)
+    undo()
+    before = counted[op]
+    assert torch.equal(model(IDS).logits, expected) and counted[op] == before + calls
+
+
+def test_a_layer_or_activation_replaced_later(counted):
+    for family, replace in (("Llama", lambda m: setattr(m.model.layers[1].mlp, "up_proj", nn.Linear(32, 48, bias=False))),
+                            ("Llama", lambda m: setattr(m.model.layers[1].mlp, "act_fn", nn.ReLU())),
+                            ("Llama", lambda m: setattr(m.model.layers[1].self_attn, "v_proj", nn.Linear(32, 16, bias=False))),
+                            ("Bert", lambda m: setattr(m.bert.encoder.layer[1].intermediate, "intermediate_act_fn", nn.Tanh())),
+                            ("Bert", lambda m: setattr(m.bert.encoder.layer[1].output, "dense", nn.Linear(48, 32)))):
+        model, _ = factorized(family)
+        replace(model)
+        found = model(IDS).logits
+        lowfat.ungroup_blocks(model)
+        assert torch.equal(model(IDS).logits, found)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_pickled_copied_offloaded_and_on_meta(family, tmp_path):
+    import pickle
+
+    from accelerate import cpu_offload
+
+    model, found = factorized(family)
+    expected = model(IDS).logits
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(copied(IDS).logits, expected) and lowfat.group_blocks(copied) == found
+        assert {type(block) for block in copied.modules()} == {type(block) for block in model.modules()}
+    assert copy.deepcopy(model).to("meta")(IDS.to("meta")).logits.is_meta
+    assert torch.equal(cpu_offload(copy.deepcopy(model), torch.device("cpu"))(IDS).logits, expected)
+
+
+def test_a_class_that_somebody_put_on_top(counted):
+    """As FSDP2 does: the block still runs as one, notices what is replaced, and keeps that class."""
+    model, _ = factorized("Bert")
+    block = model.bert.encoder.layer[0].intermediate
+    block.__class__ = sharded = type("Sharded", (type(block),), {})
+    expected = model(IDS).logits
+    assert counted["low_rank"] == 6 and lowfat.group_blocks(model).grouped
+    block.dense = nn.Linear(32, 48)
+    assert not torch.equal(model(IDS).logits, expected) and counted["low_rank"] == 6 + 5
     lowfat.ungroup_blocks(model)
-    assert torch.equal(model(IDS).logits, found)
+    assert type(block) is sharded
+
+
+@pytest.mark.parametrize("name", ["LlamaMLP", "BertOutput", "BertIntermediate", "LlamaAttention"])
+def test_other_classes_of_these_names_are_unknown(name):
+    block = type(name, (nn.Module,), {})()
+    block.fc1, block.fc2 = lowfat.LowRank(6, 5, 2), lowfat.LowRank(6, 5, 2)
+    assert lowfat.group_blocks(nn.Sequential(block)).others == {"0": f"{name} is not among the known blocks"}
 
 
 def test_a_projection_of_another_input_is_not_given_the_first_one():

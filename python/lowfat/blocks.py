@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .ops import low_rank, low_rank_group, low_rank_swiglu
 from .structures import LowRank
@@ -31,8 +32,8 @@ def group_blocks(model: nn.Module) -> Blocks:
     """Makes the blocks of a model compute what follows from one input in one call, where their layers are low-rank.
 
     Attention of Llama, Mistral, Qwen2, Qwen3, BERT, RoBERTa and ELECTRA; the gated MLP of the first four; of the others the
-    layers followed by an activation or a residual. Parameters and their names stay; a layer that is replaced or watched by a
-    hook later is called by itself again."""
+    layers followed by an activation or a residual. Parameters and their names stay. A block calls its layers one by one again
+    while one of them is replaced, patched or watched by a hook."""
     blocks = Blocks()
     for name, block in model.named_modules():
         if not _has_factors(block):
@@ -40,15 +41,18 @@ def group_blocks(model: nn.Module) -> Blocks:
         if (reason := _why_not(block)) is not None:
             blocks.others[name] = reason
             continue
-        block.__class__ = _grouped(_own(type(block)))
-        blocks.grouped[name] = ", ".join(_siblings(block)) + _KNOWN[_own(type(block)).__name__].then
+        if type(block) is _own(type(block)):
+            block.__class__ = _grouped(type(block))
+        blocks.grouped[name] = ", ".join(_siblings(block)) + _known(block).then
     return blocks
 
 
 def ungroup_blocks(model: nn.Module) -> None:
-    """Undoes group_blocks(): every block has its own class again."""
+    """Undoes group_blocks(): every block has its own class again. A block that others gave a class of theirs since (FSDP2
+    does) keeps it."""
     for block in model.modules():
-        if (own := _own(type(block))) is not type(block):
+        own = _own(type(block))
+        if own is not type(block) and type(block) is _grouped(own):
             block.__class__ = own
 
 
@@ -56,7 +60,12 @@ def ungroup_blocks(model: nn.Module) -> None:
 
 def _own(cls: type) -> type:
     """The class that a block's model gave it."""
-    return cls.__dict__.get("_lowfat_original", cls)
+    return getattr(cls, "_lowfat_original", cls)
+
+
+def _known(block: nn.Module) -> "_Known | None":
+    cls = _own(type(block))
+    return _KNOWN.get(cls.__name__) if cls.__module__.partition(".")[0] == "transformers" else None
 
 
 def _has_factors(block: nn.Module) -> bool:
@@ -66,10 +75,10 @@ def _has_factors(block: nn.Module) -> bool:
 
 
 def _siblings(block: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that would run in one call."""
-    if (known := _KNOWN.get(_own(type(block)).__name__)) is not None:
-        return known.layers
-    return next((names for names in (_QKV, _BERT_QKV, _GATE_UP) if all(name in block._modules for name in names)), ())
+    """Names of the layers that would run in one call; none where a block lacks one of them."""
+    known = _known(block)
+    several = (_QKV, _BERT_QKV, _GATE_UP) if known is None else (known.layers,)
+    return next((names for names in several if all(name in block._modules for name in names)), ())
 
 
 def _members(block: nn.Module) -> list[nn.Module]:
@@ -77,31 +86,39 @@ def _members(block: nn.Module) -> list[nn.Module]:
 
 
 def _why_not(block: nn.Module) -> str | None:
-    cls = _own(type(block))
-    if cls.__name__ not in _KNOWN or cls.__module__.partition(".")[0] != "transformers":
-        return f"{cls.__name__} is not among the known blocks"
+    known = _known(block)
+    if known is None:
+        return f"{_own(type(block)).__name__} is not among the known blocks"
     for name, layer in zip(_siblings(block), _members(block)):
-        if not isinstance(layer, LowRank):
+        if type(layer) is not LowRank:
             return f"{name} is a {type(layer).__name__}"
-    if "act_fn" in block._modules and _activation(block.act_fn) != "silu":
-        return f"its activation is {type(block.act_fn).__name__}, not SiLU"
-    if hasattr(block, "intermediate_act_fn") and _activation(block.intermediate_act_fn) is None:
-        return f"its activation, {type(block.intermediate_act_fn).__name__}, is none of low_rank's"
+    if known.activation and _activation(block, known) is None:
+        return f"its activation is {type(getattr(block, known.activation)).__name__}, which low_rank has not in its place"
     return None
 
+
+# --- whether one may run as one call, asked at every call ---
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "ReLU": "relu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
 
 
-def _activation(module: Callable) -> str | None:
-    """low_rank's name of an activation of transformers."""
-    return _ACTIVATIONS.get(type(module).__name__)
+def _activation(block: nn.Module, known: "_Known") -> str | None:
+    """low_rank's name of the block's activation, if it has it and the block's call can do it."""
+    name = _ACTIVATIONS.get(type(getattr(block, known.activation)).__name__)
+    return name if known.forward is not _gated_mlp or name == "silu" else None
 
 
-def _can_run(block: nn.Module) -> bool:
-    """Whether nothing has come between since: another layer in a projection's place, or a hook that wants to see its call."""
-    return all(type(member) is LowRank and not member._forward_hooks and not member._forward_pre_hooks
-               for member in _members(block))
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling it is nothing but its class's forward: nobody patched it, and nobody listens."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def _can_run(block: nn.Module, *others: nn.Module) -> bool:
+    """Whether the layers are low-rank, and they and the others, which the call makes up for, are as the model had them."""
+    members = _members(block)
+    return (bool(members) and all(type(member) is LowRank and _is_untouched(member) for member in members)
+            and all(_is_untouched(other) for other in others if isinstance(other, nn.Module)) and not _has_any_global_hook())
 
 
 def _factors(block: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
@@ -135,49 +152,67 @@ def _attention(original: Callable) -> Callable:
 
 def _gated_mlp(original: Callable) -> Callable:
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(low_rank_swiglu(x, *_factors(self))) if _can_run(self) else original(self, x)
+        if _activation(self, _known(self)) != "silu" or not _can_run(self, self.act_fn):
+            return original(self, x)
+        return self.down_proj(low_rank_swiglu(x, *_factors(self)))
 
     return forward
 
 
 def _activated(original: Callable) -> Callable:
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not _can_run(self):
+        layer, activation = self.dense, _activation(self, _known(self))
+        if activation is None or not _can_run(self, self.intermediate_act_fn):
             return original(self, hidden_states)
-        layer = self.dense
-        return low_rank(hidden_states, layer.v, layer.u, layer.bias, activation=_activation(self.intermediate_act_fn))
+        return low_rank(hidden_states, layer.v, layer.u, layer.bias, activation=activation)
 
     return forward
 
 
 def _with_residual(original: Callable) -> Callable:
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        layer, has_dropout = self.dense, self.training and self.dropout.p > 0
+        layer, has_dropout = self.dense, type(self.dropout) is not nn.Dropout or (self.training and self.dropout.p > 0)
         # dropout would come between the two; and the sum of mixed dtypes is of the wider one, as under autocast
-        is_one_dtype = hidden_states.dtype == input_tensor.dtype and not torch.is_autocast_enabled(input_tensor.device.type)
-        if has_dropout or not is_one_dtype or not _can_run(self):
+        is_one_dtype = hidden_states.dtype == input_tensor.dtype and not _is_autocast(input_tensor.device.type)
+        if has_dropout or not is_one_dtype or not _can_run(self, self.dropout):
             return original(self, hidden_states, input_tensor)
         return self.LayerNorm(low_rank(hidden_states, layer.v, layer.u, layer.bias, residual=input_tensor))
 
     return forward
 
 
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class _Known(NamedTuple):
     layers: tuple[str, ...]  # in one call
     then: str  # what else is done in it
     forward: Callable[[Callable], Callable]  # the block's own forward -> the one to use
+    activation: str = ""  # the attribute that holds it, where the call does it
 
 
 _KNOWN = {f"{family}Attention": _Known(_QKV, "", _attention) for family in _DECODERS}
-_KNOWN |= {f"{family}MLP": _Known(_GATE_UP, " with SwiGLU", _gated_mlp) for family in _DECODERS}
+_KNOWN |= {f"{family}MLP": _Known(_GATE_UP, " with SwiGLU", _gated_mlp, "act_fn") for family in _DECODERS}
 _KNOWN |= {f"{family}SelfAttention": _Known(_BERT_QKV, "", _attention) for family in _ENCODERS}
-_KNOWN |= {f"{family}Intermediate": _Known(_DENSE, " with its activation", _activated) for family in _ENCODERS}
+_KNOWN |= {f"{family}Intermediate": _Known(_DENSE, " with its activation", _activated, "intermediate_act_fn")
+           for family in _ENCODERS}
 _KNOWN |= {f"{family}{part}": _Known(_DENSE, " with the residual", _with_residual) for family in _ENCODERS
            for part in ("SelfOutput", "Output")}
 
 
 @cache
 def _grouped(cls: type) -> type:
-    """The subclass of a block's class, one for all blocks of the class."""
+    """The subclass of a block's class, one for all blocks of the class. It is pickled by the name of that class."""
+    def reduced(self, protocol):
+        _, _, *state = super(made, self).__reduce_ex__(protocol)
+        return _new, (cls,), *state
+
     forward = _KNOWN[cls.__name__].forward(cls.forward)
-    return type(f"Grouped{cls.__name__}", (cls,), {"forward": forward, "_lowfat_original": cls, "__module__": __name__})
+    made = type(f"Grouped{cls.__name__}", (cls,), {"forward": forward, "__reduce_ex__": reduced, "_lowfat_original": cls,
+                                                   "__module__": __name__})
+    return made
+
+
+def _new(cls: type) -> nn.Module:
+    return _grouped(cls).__new__(_grouped(cls))
