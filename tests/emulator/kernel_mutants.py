@@ -397,8 +397,6 @@ MUTANTS = [
     Mutant("epilogue: activation before the bias", LOW_RANK + "epilogue.h", "activated(sum + bias, activation)",
            "(activated(sum, activation) + bias)", "low_rank_small_batch_test"),
     # What low_rank's decode kernels do to a sum on its way to y.
-    Mutant("ending: gelu of the unscaled sum", LOW_RANK + "epilogue.h", "erff(z * kRootHalf)", "erff(z)", "low_rank_decode_test"),
-           "low_rank_decode_test"),
     Mutant("ending: gelu of the unscaled sum", LOW_RANK + "epilogue.h", "erff(z * kRootHalf)", "erff(z)",
            "low_rank_decode_test"),
     Mutant("ending: tanh in place of the exact gelu", LOW_RANK + "epilogue.h",
