@@ -12,9 +12,9 @@ bool has_decode(const Problem& p) {
 }
 
 template <class Plan>
-Described described(const Problem& p, const Plan& plan) {
+Described described(const Problem& p, const Plan& plan, const char* instead) {
   if (p.m == 0) return {{"path", "empty"}};
-  if (plan.token_tiles == 0) return {{"path", "library"}};
+  if (plan.token_tiles == 0) return {{"path", instead}};
   return {{"path", "decode"},     {"token_tiles", plan.token_tiles}, {"splits", plan.splits},
           {"grid", plan.grid},    {"tiles", plan.tiles},             {"prefetch", plan.prefetch},
           {"smem_bytes", plan.smem_bytes}};
@@ -27,15 +27,15 @@ GroupPlan of_equal_members(const Problem& p, int count, bool is_swiglu) {
 
 Described describe_group(const Problem& p) {
   if (p.device == Device::cpu) return {{"path", "members"}, {"level", name_of(p.level)}};  // each goes low_rank's way
-  return described(p, of_equal_members(p, p.members, false));
+  return described(p, of_equal_members(p, p.members, false), "members");
 }
 
 Described describe_swiglu(const Problem& p) {
-  return p.device == Device::cpu ? describe_group(p) : described(p, of_equal_members(p, 2, true));
+  return p.device == Device::cpu ? describe_group(p) : described(p, of_equal_members(p, 2, true), "members");
 }
 
 Described describe_pivoted(const Problem& p) {
-  if (p.device == Device::cuda) return described(p, choose_pivoted(p));
+  if (p.device == Device::cuda) return described(p, choose_pivoted(p), "library");
   const bool is_decode = choose_config(p).path == Path::decode;
   return {{"path", p.m == 0 ? "empty" : is_decode ? "decode" : "library"}, {"level", name_of(p.level)}};
 }

@@ -137,16 +137,14 @@ Tensor gathered(const Sizes& s, const Result& product, const Tensor& pivots, con
 Tensor low_rank_pivoted_cpu(const Tensor& x, const Tensor& v, const Tensor& c, const Tensor& pivots,
                             const std::optional<Tensor>& bias) {
   const Sizes s = check(x, v, c, pivots, bias);
-  if (s.m > kDecodeRows) {
+  const Config config = choose_config({s.m, s.n - s.r, s.k, s.r, s.dtype, Device::cpu, cpu_level()});
+  if (config.path != Path::decode) {
     library_calls.count();
     return gathered(s, forward_cpu(kWho, x, v, c, std::nullopt, true), pivots, bias);
   }
   decode_calls.count();
-  switch (s.dtype) {
-    case Dtype::float64: return pivoted_cpu<uint64_t>(s, x, v, c, pivots, bias);
-    case Dtype::float32: return pivoted_cpu<uint32_t>(s, x, v, c, pivots, bias);
-    default: return pivoted_cpu<uint16_t>(s, x, v, c, pivots, bias);
-  }
+  return s.dtype == Dtype::float32 ? pivoted_cpu<uint32_t>(s, x, v, c, pivots, bias)
+                                   : pivoted_cpu<uint16_t>(s, x, v, c, pivots, bias);
 }
 
 #ifdef LOWFAT_CUDA

@@ -9,7 +9,7 @@ OPS = ["low_rank_group", "low_rank_swiglu", "low_rank_pivoted"]
 
 
 def config(op: str, **changes) -> dict:
-    return _native.native.choose_config(op, **{**LLAMA, **changes})
+    return _native.native.choose_config(op, **LLAMA | changes)
 
 
 @pytest.mark.parametrize(("op", "members", "grid", "tiles"), [
@@ -23,17 +23,24 @@ def test_blocks_have_equal_numbers_of_tiles(op, members, grid, tiles):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("path", "changes"), [
-    ("empty", {"m": 0}), ("decode", {"m": 16}), ("library", {"m": 17}), ("library", {"device": "cpu"}),
-    ("library", {"dtype": "float32"}), ("decode", {"dtype": "float16"}), ("library", {"is_aligned": False}),
-    ("library", {"r": 508}), ("library", {"arch": 100}), ("decode", {"arch": 80, "sm_count": 108}),
-    ("decode", {"arch": 86, "sm_count": 84})])
+    ("empty", {"m": 0}), ("decode", {"m": 16}), ("none", {"m": 17}), ("none", {"dtype": "float32"}),
+    ("decode", {"dtype": "float16"}), ("none", {"is_aligned": False}), ("none", {"r": 508}), ("none", {"arch": 100}),
+    ("decode", {"arch": 80, "sm_count": 108}), ("decode", {"arch": 86, "sm_count": 84})])
 def test_the_path_follows_what_the_kernel_covers(op, path, changes):
-    assert config(op, **changes)["path"] == path
+    instead = "library" if op == "low_rank_pivoted" else "members"  # one by one, by low_rank's own paths
+    assert config(op, **changes)["path"] == (instead if path == "none" else path)
+
+
+@pytest.mark.parametrize(("path", "changes"), [
+    ("decode", {}), ("decode", {"m": 16, "dtype": "float32"}), ("library", {"m": 17}), ("library", {"dtype": "float16"})])
+def test_the_path_on_a_cpu_is_that_of_the_products(path, changes):
+    assert config("low_rank_pivoted", device="cpu", **changes)["path"] == path
+    assert config("low_rank_group", device="cpu", **changes)["path"] == "members"
 
 
 def test_a_group_has_one_to_four_members():
     paths = [config("low_rank_group", members=count)["path"] for count in (0, 1, 4, 5)]
-    assert paths == ["library", "decode", "decode", "library"]
+    assert paths == ["members", "decode", "decode", "members"]
 
 
 def test_pivots_are_columns():
