@@ -14,6 +14,8 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 PACKAGE = TESTS.parent / "python" / "lowfat"
 OP, LIBRARY, LAYER = "ops/low_rank.py", "ops/_library.py", "structures/low_rank.py"
+GROUP, SWIGLU = "ops/low_rank_group.py", "ops/low_rank_swiglu.py"
+PIVOTED, INTO = "ops/low_rank_pivoted.py", "ops/low_rank_backward_into.py"
 
 MUTANTS = [  # (file, text, its replacement)
     (OP, "return linear(h, u.contiguous(), bias), h", "return linear(h, u.contiguous()), h"),  # missing bias
@@ -72,6 +74,50 @@ MUTANTS = [  # (file, text, its replacement)
     (LAYER, "self.ranks), u, bias))", "self.ranks), u))"),
     (LAYER, "layer.in_features != layers[0].in_features", "False"),
     (LAYER, "if tensor.dtype != other.dtype", "if False"),
+    # activation and residual
+    (OP, 'partial(gelu, approximate="tanh")', "gelu"),
+    (OP, '"gelu": gelu,', '"gelu": partial(gelu, approximate="tanh"),'),
+    (OP, "    y = ACTIVATIONS[activation](y)\n    return y if residual is None else y + residual",
+     "    y = y if residual is None else y + residual\n    return ACTIVATIONS[activation](y)"),  # the other order
+    (OP, '("residual", residual, u.shape[0])):', "):"),  # a residual that broadcasts
+    (OP, "not in list(ACTIVATIONS)", "not in ACTIVATIONS"),  # unhashable
+    (OP, "composition_epilogue(*autocast(x, v, u, bias, activation, residual))",
+     "composition_epilogue(x, v, u, bias, activation, residual)"),
+    (OP, "if is_recorded(x, v, u, bias, residual):", "if is_recorded(x, v, u, bias):"),  # only the residual is trained
+    # groups
+    (GROUP, "reference_member(x, *member) for member in", "reference_member(x, v[0], u[0], bias[0]) for _ in"),
+    (GROUP, "low_rank(x, *member) for member in zip(v, u, bias)", "low_rank(x, *member) for member in zip(v, u, bias[1:])"),
+    (GROUP, "if not len(v) == len(u) == len(bias)", "if not len(v) == len(u)"),
+    (GROUP, "    if not v:\n", "    if False:\n"),
+    (GROUP, 'names=(f"v[{i}]", f"u[{i}]", f"bias[{i}]")', 'names=("v", "u", "bias")'),
+    (GROUP, "composite_gradient(_forward, composition)\n", ""),
+    (LIBRARY, "for t in (i if isinstance(i, (list, tuple)) else (i,))", "for t in (i,)"),  # no gradient through lists
+    (LIBRARY, "            return [cast(one) for one in t]\n", "            return t\n"),  # no autocast of lists
+    (LIBRARY, '    _library.impl(op._opname, composition, "FuncTorchBatched")\n', ""),
+    (SWIGLU, "    gate, up = group_reference(x, v, u, bias)\n", "    up, gate = group_reference(x, v, u, bias)\n"),
+    (SWIGLU, "    gate, up = group_composition(x, v, u, bias)\n", "    up, gate = group_composition(x, v, u, bias)\n"),
+    (SWIGLU, "if len(v) != 2", "if len(v) < 2"),
+    (SWIGLU, "if u[0].shape[0] != u[1].shape[0]", "if False"),
+    # the pivoted form
+    (PIVOTED, "len(pivots) + columns - before", "len(pivots) + columns"),
+    (PIVOTED, ".clamp(0, n - 1)", ""),  # out of bounds for bad pivots
+    (PIVOTED, "right=True) > before", "right=True) >= before"),
+    (PIVOTED, "torch.cat([h, linear(h, c.contiguous())], dim=-1)", "torch.cat([linear(h, c.contiguous()), h], dim=-1)"),
+    (PIVOTED, "return y if bias is None else y + bias", "return y if bias is None else y + bias.flip(0)"),
+    (PIVOTED, "pivots <= before", "pivots < before"),  # a pivot twice
+    (PIVOTED, "(pivots >= n)", "(pivots > n)"),
+    (PIVOTED, "    if pivots.dtype != torch.int64:", "    if pivots.is_floating_point():"),
+    (PIVOTED, "    if pivots.shape != v.shape[:1]:", "    if False:"),
+    # gradients added in float32
+    (INTO, "dv += dh.mT.to(dv.dtype) @ rows.to(dv.dtype)", "dv += dh.mT @ rows"),  # rounded first
+    (INTO, "dv += dh.mT.to(dv.dtype)", "dv[:] = dh.mT.to(dv.dtype)"),  # not added
+    (INTO, "du += dy.mT.to(du.dtype)", "du += du.copy_(du) * 0 + dy.abs().mT.to(du.dtype)"),
+    (INTO, "h.reshape(m, r)).to(du.dtype)", "linear(rows, v)).to(du.dtype)"),  # ignores the kept h
+    (INTO, "db += dy.to(db.dtype).sum(0)", "db += dy.sum(0)"),
+    (INTO, "if needs_dx else x.new_empty(0)", "if True else x.new_empty(0)"),
+    (INTO, "if t.dtype != total", "if False"),
+    (INTO, "if t.shape != shape", "if t.dim() != len(shape)"),
+    (INTO, "composite_gradient(_op, _refuse_gradients)\n", ""),
 ]
 
 
@@ -86,6 +132,8 @@ def load(path: str):
 def checks():
     """Name and call of the checks, those that catch most first. Imports the package: only in a child."""
     inputs, ops, layers = load("ops/inputs.py"), load("ops/test_low_rank.py"), load("structures/test_low_rank.py")
+    epilogue, group, swiglu, pivoted, into = (load(f"ops/test_low_rank_{name}.py") for name in (
+        "epilogue", "group", "swiglu", "pivoted", "backward_into"))
     import torch
     single, double = torch.float32, torch.float64
     yield from (
@@ -109,12 +157,44 @@ def checks():
         ("group", lambda: layers.test_group_gives_the_bits_of_its_layers(single, 4)),
         ("group back", layers.test_group_gives_its_layers_back_bit_for_bit),
     )
+    for activation in epilogue.ACTIVATIONS:
+        yield f"{activation}", lambda a=activation: epilogue.test_within_the_gates(a, True, 16, double, "cpu")
+    yield from (
+        ("residual's gradient", lambda: epilogue.test_gradcheck("silu", epilogue.public)),
+        ("residual's gradient of the op", lambda: epilogue.test_gradcheck("silu", epilogue.OPS.low_rank_epilogue)),
+        ("epilogue in autocast", lambda: epilogue.test_autocast_gives_one_dtype_everywhere(epilogue.public)),
+        ("members", lambda: group.test_whole_numbers_are_exact(7, single, "cpu")),
+        ("member's gradients", lambda: [group.test_gradients_are_those_of_the_members(1), group.test_gradcheck(
+            group.OPS.low_rank_group)]),
+        ("only a bias is trained", group.test_only_a_bias_is_trained),
+        ("empty group", group.test_an_empty_group_is_refused),
+        ("gate and up", lambda: swiglu.test_whole_numbers_are_exact(7, single, "cpu")),
+        ("gate and up recorded", swiglu.test_is_what_two_calls_make),
+        ("two members", lambda: swiglu.test_two_members_are_needed(3)),
+        ("swiglu's gradients", lambda: swiglu.test_gradcheck(swiglu.OPS.low_rank_swiglu)),
+        ("columns", lambda: [pivoted.test_whole_numbers_are_exact(name, 7, single, "cpu") for name in pivoted.PATTERNS]),
+        ("bad pivots", lambda: [pivoted.test_bad_pivots_touch_nothing_else(bad, 1, single) for bad in pivoted.BAD]),
+        ("bad pivots named", lambda: [pivoted.test_bad_pivots_are_found(bad) for bad in pivoted.BAD]),
+        ("sums", lambda: [into.test_adds_to_what_is_given_and_nothing_else((i & 1, i & 2, i & 4, i & 8), double, "cpu", call)
+                          for i in range(16) for call in into.CALLS.values()]),
+        ("sums unrounded", lambda: into.test_within_the_gates((65, 200, 24, 136), torch.bfloat16, "cpu")),
+        ("given middle of sums", into.test_reads_the_middle_it_is_given),
+        ("sums written", lambda: into.test_autograd_knows_what_was_written_to("cpu")),
+        ("sums refused", lambda: into.test_is_refused_where_gradients_are_recorded(into.CALLS["op"])),
+    )
+    for test in (epilogue.test_mistakes_are_named, group.test_mistakes_name_their_member,
+                 swiglu.test_mistakes_name_their_member, pivoted.test_mistakes_are_named,
+                 into.test_mistakes_are_named_and_nothing_is_added):
+        for parameters in _parameters(test):
+            yield f"{test.__module__}: {parameters[-1]}", lambda test=test, p=parameters: test(*p)
     for parameters in _parameters(layers.test_wrong_sizes_are_refused_by_name):
         yield f"sizes {parameters[0]}", lambda p=parameters: layers.test_wrong_sizes_are_refused_by_name(*p)
     for parameters in _parameters(layers.test_group_refuses_by_name):
         yield f"group refuses: {parameters[2]}", lambda p=parameters: layers.test_group_refuses_by_name(*p)
     for number, case in inputs.CASES.items():
-        for name, op in list(inputs.CALLERS.items())[:2]:
+        for name, op in inputs.CALLERS.items():
+            if name.endswith("training") or "backward" in name or number not in inputs.cases_of(name):
+                continue
             if number not in (5, 21):  # the slow ones catch nothing here that the gates above do not
                 yield f"class {number} of {name}", lambda case=case, op=op: case(op)
 

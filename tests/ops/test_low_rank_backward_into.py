@@ -69,6 +69,14 @@ def test_adds_to_what_is_given_and_nothing_else(needs, dtype, device, call):
     assert torch.equal(dx, expected) and dx.shape == (x.shape if needs[0] else (0,))
 
 
+def test_reads_the_middle_it_is_given():
+    """Kills an op that computes h anyway."""
+    dy, x, v, u = operands(6, 9, 4, 8, torch.float32)
+    du, h = torch.zeros(8, 4), torch.full((6, 4), 2.0)
+    low_rank_backward_into(dy, x, h, v, u, du=du)
+    assert torch.equal(du, dy.T @ h)
+
+
 def test_no_rows_add_nothing():
     dy, x, v, u = operands(0, 9, 4, 8, torch.float32)
     given = totals(v, u, torch.ones)
@@ -113,16 +121,17 @@ def test_main_grad_training_equals_autograd():
         assert torch.equal(t.main_grad.double(), 2 * other.grad)
 
 
-def test_autograd_knows_what_was_written_to():
-    dy, x, v, u = operands(6, 9, 4, 8, torch.float32)
-    total = torch.ones(4, 9, requires_grad=True)
+@pytest.mark.parametrize("device", DEVICES)
+def test_autograd_knows_what_was_written_to(device):
+    dy, x, v, u = operands(130, 264, 40, 72, torch.bfloat16, device)
+    total = torch.ones(40, 264, device=device, requires_grad=True)
     y = total.exp() * total
     with torch.no_grad():
         low_rank_backward_into(dy, x, None, v, u, total)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     with torch.inference_mode():
-        low_rank_backward_into(dy, x, None, v, u, torch.ones(4, 9))
+        low_rank_backward_into(dy, x, None, v, u, torch.ones(40, 264, device=device))
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

@@ -90,6 +90,15 @@ def test_gradients_are_those_of_the_members(frozen):
     assert torch.equal(mine[0].grad, theirs[0].grad)
 
 
+def test_only_a_bias_is_trained():
+    """Kills a look at gradients that stops at a member without a bias."""
+    x, (v, u, bias) = torch.randn(6, 9), members(SIZES["q, k, v"], 9)
+    for call in (low_rank_group, OPS.low_rank_group):
+        trained = bias[1].clone().requires_grad_()
+        call(x, v, u, [None, trained, None])[1].sum().backward()
+        assert torch.equal(trained.grad, torch.full_like(trained, 6))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes,rows", [(SIZES["q, k, v"], 0), (SIZES["q, k, v"], 6), (SIZES["five"], 1)])
 def test_opcheck(sizes, rows, dtype):
