@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -541,10 +541,27 @@ NOT_HERE = {
 }
 FORWARD_ONLY = {1, 11, 23, 24, 25, 26, 27, 29, 30, 32}  # of the backward op: its gradient is refused, see test_low_rank.py
 NOT_PIVOTED = {25, 30, 39}  # second derivatives work; gradients run torch's own products, inference those of low_rank
+ON_DEVICE = {1, 2, 3, 4, 5, 6, 10, 11, 13, 14, 17, 18, 19, 20, 21, 23, 24}  # what can be said of an op on another device
 CASES = {int(name.split("_")[1]): case for name, case in list(globals().items()) if name.startswith("class_")}
 
 
+def on(device: str, caller: Caller) -> Caller:
+    """The same op on another device; what goes in and comes out is on the CPU."""
+    def call(*args):
+        return caller.call(*(t.to(device) if isinstance(t, Tensor) else t for t in args)).cpu()
+
+    return replace(caller, call=call)
+
+
+def caller_of(op: str) -> Caller:
+    """By its name, which may end in "on" and a device."""
+    name, _, device = op.partition(" on ")
+    return on(device, CALLERS[name]) if device else CALLERS[name]
+
+
 def cases_of(op: str) -> list[int]:
+    if " on " in op:
+        return [number for number in cases_of(op.partition(" on ")[0]) if number in ON_DEVICE]
     left_out = FORWARD_ONLY if "backward" in op else NOT_PIVOTED if op.endswith("pivoted") else ()
     return [number for number in CASES if number not in left_out]
 
@@ -555,7 +572,7 @@ def run(op: str, after: int) -> None:
         if number > after:
             torch.manual_seed(0)
             try:
-                CASES[number](CALLERS[op])
+                CASES[number](caller_of(op))
                 failure = None
             except Exception:
                 failure = traceback.format_exc()

@@ -31,7 +31,12 @@ def outcomes(op):
     return found
 
 
-@pytest.mark.parametrize("op,number", [(op, number) for op in inputs.CALLERS for number in inputs.cases_of(op)])
+ROWS = [(op, number) for op in inputs.CALLERS for number in inputs.cases_of(op)]
+ON_GPU = [f"{op} on cuda" for op in inputs.CALLERS if op.startswith("torch.ops")]
+GPU_ROWS = [pytest.param(op, number, marks=pytest.mark.gpu) for op in ON_GPU for number in inputs.cases_of(op)]
+
+
+@pytest.mark.parametrize("op,number", ROWS + GPU_ROWS)
 def test_survives_or_rejects(op, number):
     failure = outcomes(op)[number]
     assert failure is None, f"{inputs.CASES[number].__doc__}\n{failure}"
