@@ -4,5 +4,7 @@ from .low_rank_backward_into import low_rank_backward_into
 from .low_rank_group import low_rank_group
 from .low_rank_pivoted import check_pivots, low_rank_pivoted
 from .low_rank_swiglu import low_rank_swiglu
+from .monarch import monarch
 
-__all__ = ["check_pivots", "low_rank", "low_rank_backward_into", "low_rank_group", "low_rank_pivoted", "low_rank_swiglu"]
+__all__ = ["check_pivots", "low_rank", "low_rank_backward_into", "low_rank_group", "low_rank_pivoted", "low_rank_swiglu",
+           "monarch"]

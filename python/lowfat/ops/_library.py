@@ -3,6 +3,7 @@
 A compiled kernel only overrides a device of an op declared here; whatever it does not cover runs the reference."""
 import os
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import NoReturn
 
 import torch
@@ -114,12 +115,13 @@ def refuse(error: Exception, op: str, check: Callable, *inputs) -> NoReturn:
     raise error
 
 
-def differentiable(forward: OpOverload, training: OpOverload, backward: OpOverload, *, reference: Callable,
-                   read: int) -> Callable:
+def differentiable(forward: OpOverload, training: OpOverload, backward: OpOverload, *, reference: Callable, read: int,
+                   constants: int = 0) -> Callable:
     """Give an op its gradient; the returned function is the same as the op with less overhead when gradients are recorded.
 
-    forward(*inputs) -> y    training(*inputs) -> (y, h)    backward(dy, x, h, *factors, needs) -> one gradient per input
-    where x, *factors are the first `read` inputs, h may be None, and bit i of needs says that gradient i is wanted.
+    forward(*inputs) -> y    training(*inputs) -> (y, h)    backward(dy, x, h, *factors, needs, *constants) -> gradients
+    where x, *factors are the first `read` inputs, h may be None, bit i of needs says that gradient i is wanted, and constants
+    are the last inputs, which are no tensors and have no default (torch would leave one out).
     """
 
     class Training(torch.autograd.Function):
@@ -130,6 +132,7 @@ def differentiable(forward: OpOverload, training: OpOverload, backward: OpOverlo
             ctx.set_materialize_grads(False)
             keep = h if ctx.needs_input_grad[read - 1] else None  # only the gradient of the last factor reads h
             ctx.save_for_backward(inputs[0], keep, *inputs[1:read])
+            ctx.constants = inputs[len(inputs) - constants:]
             return y, h
 
         @staticmethod
@@ -138,8 +141,8 @@ def differentiable(forward: OpOverload, training: OpOverload, backward: OpOverlo
             if dy is None:
                 return (None,) * len(needs)
             x, h, *factors = ctx.saved_tensors
-            found = backward(dy, x, h, *factors, sum(flag << i for i, flag in enumerate(needs)))
-            return tuple(gradient if flag else None for gradient, flag in zip(found, needs))
+            found = backward(dy, x, h, *factors, sum(flag << i for i, flag in enumerate(needs)), *ctx.constants)
+            return tuple(gradient if flag else None for gradient, flag in zip_longest(found, needs))
 
     Training.__name__ = Training.__qualname__ = forward._opname
 

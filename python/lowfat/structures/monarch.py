@@ -1,0 +1,150 @@
+"""A linear layer of b_in x b_out blocks of rank r each: r (b_out k + b_in n) numbers.   v [b_in, b_out r, p]   u [b_out, s, b_in r]
+
+interleave: output block o owns the rows o, o + b_out, ... (Monarch, Dao et al. 2022); else a run of neighbours (block-wise low
+rank, Gupta et al.). Sizes that the blocks do not divide are padded with zeros: p = ceil(k / b_in), s = ceil(n / b_out)."""
+from math import ceil, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..errors import ArgumentError, ShapeError, UnsupportedError
+from ..linalg import truncated_svd
+from ..ops.monarch import monarch
+from .structure import Structure
+
+
+class Monarch(Structure):
+    """y = x W^T + bias, W of b_in x b_out blocks of rank r.   x [..., in_features], y [..., out_features]
+
+    blocks: one number for both, or (input blocks, output blocks). rank: of a block; by default the one at which a layer with
+    as many blocks on both sides has max(in, out) / blocks of its weight's parameters, as published Monarch layers do.
+    Raises ArgumentError or ShapeError for blocks or ranks that the sizes do not have."""
+
+    def __init__(self, in_features: int, out_features: int, blocks: int | tuple[int, int] = 4, rank: int | None = None,
+                 interleave: bool = True, bias: bool = True, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None):
+        super().__init__()
+        self.blocks = check_blocks(in_features, out_features, blocks)
+        self.in_features, self.out_features, self.interleave = in_features, out_features, interleave
+        (b_in, b_out), (p, s) = self.blocks, block_size(in_features, out_features, self.blocks)
+        self.rank = check_rank(max(1, min(p, s) // max(b_in, b_out)) if rank is None else rank, p, s)
+        self.v = nn.Parameter(torch.empty(b_in, b_out * self.rank, p, device=device, dtype=dtype))
+        self.u = nn.Parameter(torch.empty(b_out, s, b_in * self.rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each factor uniform within 1 / sqrt(its own inputs), as two `nn.Linear` in a row start."""
+        nn.init.uniform_(self.v, -1 / sqrt(self.v.shape[2]), 1 / sqrt(self.v.shape[2]))
+        for last in (self.u, self.bias):
+            if last is not None:
+                nn.init.uniform_(last, -1 / sqrt(self.u.shape[2]), 1 / sqrt(self.u.shape[2]))
+
+    @classmethod
+    def of(cls, v: Tensor, u: Tensor, bias: Tensor | None = None, *, in_features: int, out_features: int,
+           interleave: bool = True) -> "Monarch":
+        """The layer that holds these factors, contiguous copies of them.   v [b_in, b_out r, p]   u [b_out, s, b_in r]"""
+        blocks, rank = (v.shape[0], u.shape[0]), v.shape[1] // u.shape[0]
+        layer = cls(in_features, out_features, blocks, rank, interleave, bias is not None, device="meta", dtype=v.dtype)
+        for name, tensor in (("v", v), ("u", u), ("bias", bias)):
+            if tensor is not None:
+                if tensor.shape != getattr(layer, name).shape:
+                    raise ShapeError(f"{name} is {list(tensor.shape)}, must be {list(getattr(layer, name).shape)}")
+                layer.register_parameter(name, nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format)))
+        return layer
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, weight: Tensor, bias: Tensor | None = None, *, blocks: int | tuple[int, int] = 4, rank: int,
+                   interleave: bool = True) -> "Monarch":
+        """The closest such matrix to weight [n, k] (Dao et al. 2022, theorem 1, for any rank: blocks are disjoint, so each is
+        replaced by its truncated SVD). Raises NumericsError for NaN or infinity, UnsupportedError for a sharded weight."""
+        if hasattr(weight, "full_tensor"):
+            raise UnsupportedError(f"weight is a {type(weight).__name__}, perhaps a shard; gather it with .full_tensor() first")
+        if weight.dim() != 2:
+            raise ShapeError(f"weight must be [out, in], found {list(weight.shape)}")
+        n, k = weight.shape
+        blocks = check_blocks(k, n, blocks)
+        check_rank(rank, *block_size(k, n, blocks))
+        factors = [[_balanced_svd(block, rank) for block in row] for row in to_blocks(weight, blocks, interleave)]
+        v, u = from_factors(*(torch.stack([torch.stack([pair[i] for pair in row]) for row in factors]) for i in (0, 1)))
+        return cls.of(v.to(weight.dtype), u.to(weight.dtype), bias, in_features=k, out_features=n, interleave=interleave)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return monarch(x, self.v, self.u, self.bias, out_features=self.out_features, interleave=self.interleave)
+
+    def dense(self) -> Tensor:
+        (b_in, b_out), r = self.blocks, self.rank
+        v, u = self.v.view(b_in, r, b_out, -1), self.u.view(b_out, -1, b_in, r)
+        return from_blocks(torch.einsum("osir,irop->oisp", u, v), self.out_features, self.in_features, self.interleave)
+
+    def shape(self) -> dict[str, Any]:
+        return {"in_features": self.in_features, "out_features": self.out_features, "blocks": list(self.blocks),
+                "rank": self.rank, "interleave": self.interleave, "bias": self.bias is not None}
+
+    def macs(self) -> int:
+        return self.v.numel() + self.u.numel()
+
+
+def _balanced_svd(block: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(v [r, p], u [s, r]) in fp64, each singular value split evenly"""
+    u, s, vt, _ = truncated_svd(block, rank)
+    root = s.sqrt()
+    return vt * root[:, None], u * root
+
+
+# --- blocks of a dense weight ---
+
+def to_blocks(weight: Tensor, blocks: tuple[int, int], interleave: bool) -> Tensor:
+    """weight [n, k], padded with zeros, as its blocks [b_out, b_in, s, p]"""
+    (n, k), (b_in, b_out) = weight.shape, blocks
+    p, s = block_size(k, n, blocks)
+    padded = pad(weight, (0, b_in * p - k, 0, b_out * s - n))
+    if interleave:
+        return padded.view(s, b_out, b_in, p).permute(1, 2, 0, 3)
+    return padded.view(b_out, s, b_in, p).transpose(1, 2)
+
+
+def from_blocks(weight: Tensor, n: int, k: int, interleave: bool) -> Tensor:
+    """The inverse: [b_out, b_in, s, p] -> [n, k]"""
+    b_out, b_in, s, p = weight.shape
+    rows = weight.permute(2, 0, 1, 3) if interleave else weight.transpose(1, 2)
+    return rows.reshape(b_out * s, b_in * p)[:n, :k]
+
+
+def from_factors(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of each block, v [b_out, b_in, r, p] and u [b_out, b_in, s, r], as a Monarch layer stores them."""
+    b_out, b_in, r, p = v.shape
+    return (v.permute(1, 2, 0, 3).reshape(b_in, r * b_out, p),
+            u.transpose(1, 2).reshape(b_out, u.shape[2], b_in * r))
+
+
+def block_size(in_features: int, out_features: int, blocks: tuple[int, int]) -> tuple[int, int]:
+    """(p, s): inputs and outputs of a block, those of the last one partly padding."""
+    return ceil(in_features / blocks[0]), ceil(out_features / blocks[1])
+
+
+def check_blocks(in_features: int, out_features: int, blocks: int | tuple[int, int]) -> tuple[int, int]:
+    """(b_in, b_out); ArgumentError or ShapeError where there is no such division."""
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if type(size) is not int:
+            raise ArgumentError(f"{name} must be a whole number, found {size!r}")
+        if size < 1:
+            raise ShapeError(f"{name} must be at least 1, found {size}")
+    pair = (blocks, blocks) if type(blocks) is int else blocks
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(type(count) is int for count in pair):
+        raise ArgumentError(f"blocks must be a whole number or two, for inputs and outputs; found {blocks!r}")
+    for what, count, size in zip(("inputs", "outputs"), pair, (in_features, out_features)):
+        if not 1 <= count <= size:
+            raise ShapeError(f"blocks must be between 1 and {size} for {size} {what}; found {count}")
+    return tuple(pair)
+
+
+def check_rank(rank: int, p: int, s: int) -> int:
+    if type(rank) is not int:
+        raise ArgumentError(f"rank must be a whole number, found {rank!r}")
+    if not 1 <= rank <= min(p, s):
+        raise ShapeError(f"rank must be between 1 and {min(p, s)}, the smaller side of a block of {s} x {p}; found {rank}")
+    return rank
