@@ -14,21 +14,30 @@ STEP = 8  # ranks are multiples of it: what tensor cores want
 
 @dataclass(frozen=True)
 class Ladder:
-    """The sizes one matrix can have, smallest first.   k features in, n out"""
+    """The sizes one matrix can have, smallest first.   k features in, n out
+
+    unit: parameters that one more rank costs; most: the largest rank. By default those of two factors, [n, r] and [r, k]."""
     k: int
     n: int
+    unit: int = 0
+    most: int = 0
+
+    def __post_init__(self):
+        if not self.unit:
+            object.__setattr__(self, "unit", self.k + self.n)
+            object.__setattr__(self, "most", min(self.k, self.n))
 
     @cached_property
     def ranks(self) -> list[int]:
         """1, 2, 4, ... up to the step and its multiples below break-even, where n k parameters would be stored anyhow."""
-        most = (self.n * self.k - 1) // (self.n + self.k)
+        most = min(self.most, (self.n * self.k - 1) // self.unit)
         step = next((step for step in (STEP, 4, 2) if 8 * step <= most), 1)  # small matrices need finer steps
         return [rank for rank in (1, 2, 4) if rank < step and rank <= most] + list(range(step, most + 1, step))
 
     @cached_property
     def costs(self) -> list[int]:
         """Parameters at each rank, and last of the dense matrix."""
-        return [rank * (self.n + self.k) for rank in self.ranks] + [self.n * self.k]
+        return [rank * self.unit for rank in self.ranks] + [self.n * self.k]
 
 
 def per_matrix(ladders: Sequence[Ladder], budget: int) -> list[int]:
@@ -36,12 +45,12 @@ def per_matrix(ladders: Sequence[Ladder], budget: int) -> list[int]:
     fixed = sum(ladder.n * ladder.k for ladder in ladders if not ladder.ranks)
     total = sum(ladder.n * ladder.k for ladder in ladders) - fixed
     share = (budget - fixed) / total if total else 0.0
-    return _nearest(ladders, budget, [share * ladder.n * ladder.k / (ladder.n + ladder.k) for ladder in ladders])
+    return _nearest(ladders, budget, [share * ladder.n * ladder.k / ladder.unit for ladder in ladders])
 
 
 def uniform_rank(ladders: Sequence[Ladder], budget: int) -> list[int]:
     """One rank for all; a matrix that this rank would not make smaller stays dense, and the others get what it leaves."""
-    return _nearest(ladders, budget, [budget / sum(ladder.n + ladder.k for ladder in ladders)] * len(ladders))
+    return _nearest(ladders, budget, [budget / sum(ladder.unit for ladder in ladders)] * len(ladders))
 
 
 def allocated(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[float]]) -> list[int]:
@@ -64,11 +73,11 @@ def _nearest(ladders: Sequence[Ladder], budget: int, targets: Sequence[float]) -
     """The largest sizes not above the target ranks; what rounding leaves goes to whoever is furthest below its target.
 
     Not to the largest next singular value: that would mean to decompose every matrix to place less than one step of each."""
-    chosen = [max(0, sum(cost <= target * (ladder.n + ladder.k) for cost in ladder.costs) - 1)
+    chosen = [max(0, sum(cost <= target * ladder.unit for cost in ladder.costs) - 1)
               for ladder, target in zip(ladders, targets)]
 
     def below(i: int, b: int) -> float:
-        return targets[i] - ladders[i].costs[b] / (ladders[i].n + ladders[i].k)
+        return targets[i] - ladders[i].costs[b] / ladders[i].unit
 
     while any(chosen) and sum(ladder.costs[b] for ladder, b in zip(ladders, chosen)) > budget:
         # matrices that cannot go below rank 1 have taken more than their share

@@ -150,11 +150,12 @@ def _why_not(model: nn.Module, name: str) -> str:
 
 def _check_choice(name: str, choice, stats: Mapping | None) -> None:
     arguments = dict(choice.arguments)
-    rank, most = arguments.pop("rank", None), min(choice.in_features, choice.out_features)
+    rank = arguments.pop("rank", None)
     try:
         needs = check_arguments(choice.method, arguments).needs
-    except ArgumentError as error:
-        raise ArgumentError(f"plan: {name}: {error}") from error
+        _, most = choice.size()
+    except LowfatError as error:
+        raise type(error)(f"plan: {name}: {error}") from error
     if not isinstance(rank, int) or not 1 <= rank <= most:
         raise ShapeError(f"plan: {name} has the rank {rank!r}; needs a whole number from 1 to {most}")
     if needs and (stats is None or name not in stats):
@@ -163,9 +164,13 @@ def _check_choice(name: str, choice, stats: Mapping | None) -> None:
 
 def _check_fisher(plan: Mapping, stats: Mapping | None) -> None:
     """On one layer, because reading stored statistics takes time and all of a calibration are alike."""
-    name = next((name for name, choice in plan.items() if choice.method and "fisher" in METHODS[choice.method].needs), None)
+    name = next((name for name, choice in plan.items() if choice.method and "fisher" in _needs(choice)), None)
     if name is not None and stats[name].fisher_in is None:
         raise ArgumentError(f"stats: {name} has no Fisher information; {plan[name].method} needs batches with labels")
+
+
+def _needs(choice) -> frozenset[str]:
+    return check_arguments(choice.method, {name: value for name, value in choice.arguments.items() if name != "rank"}).needs
 
 
 def _fingerprint(modules: Mapping[str, nn.Module], plan: Mapping, stats: Mapping | None) -> dict:
@@ -209,7 +214,7 @@ def _one(name: str, module: nn.Module, choice, stats: Mapping | None) -> tuple[S
     except LowfatError as error:
         raise type(error)(f"{name}: {error}") from error
     report.error, report.output_error = residuals(weight, layer, None if seen is None else seen.gram)
-    deciding = report.output_error if "gram" in method.needs and report.output_error is not None else report.error
+    deciding = report.output_error if "gram" in _needs(choice) and report.output_error is not None else report.error
     report.shape, report.rank = layer.shape(), layer.shape().get("rank")
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
         layer, report.reason = None, "the factors are not finite"

@@ -11,7 +11,7 @@ from torch import nn
 from .allocate import Ladder, allocated, per_matrix, uniform_rank
 from .errors import ArgumentError, FormatError, LowfatError
 from .layers import dense_weight, factorizable, sizes
-from .methods import Method, check_arguments
+from .methods import METHODS, Method, check_arguments
 from .storage import write_json
 from .strict_json import read_json
 
@@ -38,7 +38,12 @@ class Choice:
     def parameters(self) -> int:
         if self.method is None:
             return self.dense_parameters
-        return self.arguments["rank"] * (self.in_features + self.out_features)
+        return self.arguments["rank"] * self.size()[0]
+
+    def size(self) -> tuple[int, int]:
+        """(parameters that one more rank costs, the largest rank) of the method with its arguments."""
+        others = {name: value for name, value in self.arguments.items() if name != "rank"}
+        return METHODS[self.method].size(self.in_features, self.out_features, **others)
 
 
 class Plan(dict[str, Choice]):
@@ -94,7 +99,7 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
     chosen = factorizable(model, layers)
     if checked.needs:
         _check_stats(checked, chosen, stats, arguments)
-    ladders = [Ladder(*sizes(module)) for module in chosen.values()]
+    ladders = [_ladder(checked, name, module, arguments) for name, module in chosen.items()]
     budget = int(ratio * sum(ladder.costs[-1] for ladder in ladders))
     if policy == "allocated":
         picks = allocated(ladders, budget, [_losses(checked, module, stats, name, ladder, arguments)
@@ -103,6 +108,14 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
         picks = {"per_matrix": per_matrix, "uniform_rank": uniform_rank}[policy](ladders, budget)
     return Plan({name: _choice(method, arguments, ladder, pick, dense_weight(module))
                  for (name, module), ladder, pick in zip(chosen.items(), ladders, picks)}, ratio=ratio, policy=policy)
+
+
+def _ladder(method: Method, name: str, module: nn.Module, arguments: dict[str, Any]) -> Ladder:
+    k, n = sizes(module)
+    try:
+        return Ladder(k, n, *method.size(k, n, **arguments))
+    except LowfatError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _check_stats(checked: Method, chosen: Mapping[str, nn.Module], stats: Mapping | None, arguments: dict[str, Any]) -> None:
@@ -119,7 +132,7 @@ def _losses(method: Method, module: nn.Module, stats: Mapping | None, name: str,
     """The loss at each size of the ladder, made comparable between layers.
 
     Relative to what is lost at rank 1, not at rank 0: the first direction of a layer's outputs is mostly their mean, which
-    is the same for every token and would hide that the rest is lost. Times n + k, so that a rank counts by its share of the
+    is the same for every token and would hide that the rest is lost. Times what a rank costs, so that a rank counts by its share of the
     layer's spectrum, whatever it costs: the largest values of all normalized spectra are kept (pooled as in COMPOT,
     2602.15200). Absolute losses, or losses weighed by parameters, left MiniLM's embeddings further from the dense ones."""
     try:
@@ -127,7 +140,7 @@ def _losses(method: Method, module: nn.Module, stats: Mapping | None, name: str,
     except LowfatError as error:
         raise type(error)(f"{name}: {error}") from error
     whole = float(curve[1]) if curve[1] > 1e-12 * curve[0] else inf  # a layer of rank 1 needs no more
-    return [(ladder.n + ladder.k) * float(curve[rank]) / whole for rank in ladder.ranks] + [0.0]
+    return [ladder.unit * float(curve[rank]) / whole for rank in ladder.ranks] + [0.0]
 
 
 def _choice(method: str, arguments: dict[str, Any], ladder: Ladder, pick: int, weight: torch.Tensor) -> Choice:
@@ -163,13 +176,13 @@ def _parse_choice(value: Any, where: str) -> Choice:
             raise FormatError(f"{where}.arguments must be empty for a layer left dense; found {entry['arguments']!r}")
         return Choice(**entry)
     arguments = dict(entry["arguments"])
-    rank, most = arguments.pop("rank", None), min(entry["in_features"], entry["out_features"])
+    rank = arguments.pop("rank", None)
+    try:
+        _, most = check_arguments(entry["method"], arguments).size(entry["in_features"], entry["out_features"], **arguments)
+    except LowfatError as error:
+        raise FormatError(f"{where}: {error}") from error
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
         raise FormatError(f"{where}.arguments.rank must be a whole number between 1 and {most}; found {rank!r}")
-    try:
-        check_arguments(entry["method"], arguments)
-    except ArgumentError as error:
-        raise FormatError(f"{where}: {error}") from error
     return Choice(**entry)
 
 

@@ -1,21 +1,27 @@
 """Ways to turn a dense weight and what a layer saw into factors: one file per algorithm.
 
-factorize(weight, bias, stats, *, rank, **arguments) -> (LowRank, events)   in the weight's dtype
-losses(weight, stats, **arguments) -> [min(n, k) + 1]   what is lost, in the method's own squared metric, at each rank
+factorize(weight, bias, stats, *, rank, **arguments) -> (Structure, events)   in the weight's dtype
+losses(weight, stats, **arguments) -> [most + 1]   what is lost, in the method's own squared metric, at each rank
+size(k, n, **arguments) -> (unit, most)   parameters that one more rank costs, and the largest rank
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..errors import ArgumentError
-from . import fwsvd, svd, whitened
+from ..errors import ArgumentError, LowfatError
+from . import fwsvd, monarch, svd, whitened
+
+
+def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
+    return k + n, min(k, n)
 
 
 class Method(NamedTuple):
     factorize: Callable
     losses: Callable
-    needs: frozenset[str]  # what of Stats it reads: "gram", "fisher"
-    arguments: dict[str, tuple]  # the values that each argument may have, its default first
+    needs: frozenset[str] | Callable[..., frozenset[str]]  # what of Stats it reads: "gram", "fisher"; or that by arguments
+    arguments: dict[str, tuple | Callable]  # the values that each may have, its default first; or what raises for others
     require: Callable = lambda stats, **arguments: None  # ArgumentError for statistics that lack what it reads
+    size: Callable[..., tuple[int, int]] = low_rank_size
 
 
 METHODS = {
@@ -24,17 +30,27 @@ METHODS = {
                     {"side": ("in", "out", "both"), "exact": (False, True)}, fwsvd.require),
     "whitened": Method(whitened.factorize, whitened.losses, frozenset({"gram"}),
                        {"solver": ("auto", "cholesky", "eigen", "output")}, whitened.require),
+    "monarch": Method(monarch.factorize, monarch.losses, monarch.needs, monarch.ARGUMENTS, monarch.require, monarch.size),
+    "block_low_rank": Method(monarch.factorize_blockwise, monarch.losses_blockwise, monarch.needs, monarch.ARGUMENTS,
+                             monarch.require, monarch.size),
 }
 
 
 def check_arguments(method: Any, arguments: dict[str, Any]) -> Method:
-    """The method of this name; ArgumentError if there is none, or for an argument or value that it does not have."""
+    """The method of this name, with what it needs for these arguments; ArgumentError if there is none, or for an argument or
+    value that it does not have."""
     if not isinstance(method, str) or method not in METHODS:
         raise ArgumentError(f"method must be one of {', '.join(METHODS)}; found {method!r}")
     allowed = METHODS[method].arguments
     for name, value in arguments.items():
         if name not in allowed:
             raise ArgumentError(f"{method} has no argument {name!r}; it has {', '.join(allowed) or 'none'}")
-        if not any(type(value) is type(known) and value == known for known in allowed[name]):
+        if callable(allowed[name]):
+            try:
+                allowed[name](value)
+            except LowfatError as error:
+                raise ArgumentError(f"{method}: {error}") from error
+        elif not any(type(value) is type(known) and value == known for known in allowed[name]):
             raise ArgumentError(f"{method}: {name} must be one of {', '.join(map(repr, allowed[name]))}; found {value!r}")
-    return METHODS[method]
+    found = METHODS[method]
+    return found._replace(needs=found.needs(**arguments)) if callable(found.needs) else found

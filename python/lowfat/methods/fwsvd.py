@@ -28,7 +28,7 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int,
     side: which sums of F weigh: "in" (per input), "out" or "both". exact: go on from there with F element by element, which
     only ever lowers the objective. Raises ArgumentError without Fisher statistics, NumericsError for NaN or infinity."""
     require(stats, side=side, exact=exact)
-    rows, columns = _weights(weight, stats, side)
+    rows, columns = weights_of(weight, stats, side)
     require_rank(rank, weight)
     u, v, events = _weighted_svd(weight, rows, columns, rank)
     if exact:
@@ -45,7 +45,7 @@ def losses(weight: Tensor, stats: "Stats", *, side: str = "in", exact: bool = Fa
 
     With exact too: its own objective has no closed form, and this is what it starts from."""
     require(stats, side=side, exact=exact)
-    rows, columns = _weights(weight, stats, side)
+    rows, columns = weights_of(weight, stats, side)
     lost = tails(spectrum(lambda: smaller_gram(weight, rows.sqrt(), columns.sqrt())))
     return lost * float(stats.fisher_in.double().mean()) / weight.shape[0]
 
@@ -58,7 +58,7 @@ def require(stats: "Stats | None", *, side: str = "in", exact: bool = False) -> 
                             "calibrate with fisher=\"elements\"")
 
 
-def _weights(weight: Tensor, stats: "Stats", side: str) -> tuple[Tensor, Tensor]:
+def weights_of(weight: Tensor, stats: "Stats", side: str) -> tuple[Tensor, Tensor]:
     """(o [n], c [k]), each of mean about 1: o_i c_j times the mean of F stands for F_ij."""
     require_finite(weight, "weight")
     n, k = weight.shape

@@ -26,7 +26,7 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int,
 
     solver "auto": output for n <= k, else cholesky, so that only one eigenproblem is solved, of the smaller side. Raises
     ArgumentError without calibration statistics, NumericsError for NaN or infinity, ShapeError for an impossible rank."""
-    gram, shift, events = _damped(weight, stats)
+    gram, shift, events = damped(weight, stats)
     require_rank(rank, weight)
     solver = solver if solver != "auto" else "output" if weight.shape[0] <= weight.shape[1] else "cholesky"
     if solver == "output":
@@ -46,7 +46,7 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int,
 @torch.no_grad()
 def losses(weight: Tensor, stats: "Stats", *, solver: str = "auto") -> Tensor:
     """||(W - What) X^T||_F^2, damping included, for every rank.   [min(n, k) + 1], fp64"""
-    gram, shift, _ = _damped(weight, stats)
+    gram, shift, _ = damped(weight, stats)
     if weight.shape[0] <= weight.shape[1]:
         return tails(spectrum(lambda: quadratic(weight, gram, shift)))
     return tails(spectrum(lambda: gram_of(weight, gram_root(gram, "cholesky", shift))))
@@ -57,7 +57,7 @@ def require(stats: "Stats | None", *, solver: str = "auto") -> None:
         raise ArgumentError("whitened needs calibration statistics, found none; pass stats=calibrate(model, batches)")
 
 
-def _damped(weight: Tensor, stats: "Stats | None") -> tuple[Tensor, float, list[str]]:
+def damped(weight: Tensor, stats: "Stats | None") -> tuple[Tensor, float, list[str]]:
     """(C, what to add to its diagonal, events)"""
     require(stats)
     require_finite(weight, "weight")

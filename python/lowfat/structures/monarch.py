@@ -133,12 +133,18 @@ def check_blocks(in_features: int, out_features: int, blocks: int | tuple[int, i
             raise ArgumentError(f"{name} must be a whole number, found {size!r}")
         if size < 1:
             raise ShapeError(f"{name} must be at least 1, found {size}")
-    pair = (blocks, blocks) if type(blocks) is int else blocks
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(type(count) is int for count in pair):
-        raise ArgumentError(f"blocks must be a whole number or two, for inputs and outputs; found {blocks!r}")
+    pair = pair_of(blocks)
     for what, count, size in zip(("inputs", "outputs"), pair, (in_features, out_features)):
         if not 1 <= count <= size:
             raise ShapeError(f"blocks must be between 1 and {size} for {size} {what}; found {count}")
+    return pair
+
+
+def pair_of(blocks: int | tuple[int, int]) -> tuple[int, int]:
+    """(b_in, b_out), whatever the sizes; ArgumentError for what is no number of blocks."""
+    pair = (blocks, blocks) if type(blocks) is int else blocks
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(type(count) is int for count in pair):
+        raise ArgumentError(f"blocks must be a whole number or two, for inputs and outputs; found {blocks!r}")
     return tuple(pair)
 
 

@@ -1,0 +1,171 @@
+"""Blocks of rank r each, Monarch (Dao et al. 2022) or block-wise low rank (Gupta et al.): the closest ones to a weight.
+
+The b_in x b_out blocks are disjoint, so in the Frobenius norm each is replaced by its own truncated SVD, also with weights
+o_i c_j on the entries. On calibration inputs, with C = X^T X, blocks that share outputs interact: for one row of blocks,
+min tr(E C E^T), E = [W_i - What_i], goes block by block around, each step the closed form with the others fixed:
+    What_i = SVD_r[(W_i + sum_{a != i} E_a C_ai C_ii^-1) L_i] L_i^-1,   C_ii = L_i L_i^T
+"""
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..linalg import balance, gram_root, require_finite, smaller_gram, spectrum, tails, truncated_svd
+from ..structures.monarch import Monarch, block_size, check_blocks, check_rank, from_factors, pair_of, to_blocks
+from . import fwsvd, whitened
+
+if TYPE_CHECKING:
+    from ..stats import Stats
+
+_SWEEPS = 5    # around the blocks, at most
+_GAIN = 1e-4   # relative; the sweeps stop where one brings less
+ARGUMENTS = {"blocks": pair_of, "fit": ("weights", "outputs", "fisher")}  # whether the blocks fit, each layer's size() says
+
+
+def needs(*, blocks: int | tuple[int, int] = 4, fit: str = "weights") -> frozenset[str]:
+    return frozenset({"outputs": {"gram"}, "fisher": {"fisher"}}.get(fit, ()))
+
+
+def require(stats: "Stats | None", *, blocks: int | tuple[int, int] = 4, fit: str = "weights") -> None:
+    if fit == "outputs" and stats is None:
+        raise ArgumentError("fit='outputs' needs calibration statistics, found none; pass stats=calibrate(model, batches)")
+    if fit == "fisher":
+        fwsvd.require(stats)
+
+
+def size(k: int, n: int, *, blocks: int | tuple[int, int] = 4, fit: str = "weights") -> tuple[int, int]:
+    """Padding counts: it is stored."""
+    b_in, b_out = check_blocks(k, n, blocks)
+    p, s = block_size(k, n, (b_in, b_out))
+    return b_in * b_out * (p + s), min(p, s)
+
+
+@torch.no_grad()
+def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats | None" = None, *, rank: int,
+              blocks: int | tuple[int, int] = 4, fit: str = "weights", interleave: bool = True) -> tuple[Monarch, list[str]]:
+    """The layer in the weight's dtype, the factors of each block balanced.   weight [n, k]   bias [n]
+
+    fit: what is closest: the weights, the outputs on the calibration inputs, or the weights by Fisher information (per
+    output and per input). Raises ArgumentError without the statistics for it, NumericsError for NaN or infinity."""
+    n, k = weight.shape
+    blocks = check_blocks(k, n, blocks)
+    require(stats, blocks=blocks, fit=fit)
+    require_finite(weight, "weight")
+    check_rank(rank, *block_size(k, n, blocks))
+    solve = {"weights": _by_weights, "outputs": _by_outputs, "fisher": _by_fisher}[fit]
+    pairs, events = solve(weight, stats, rank, blocks, interleave)
+    v, u = from_factors(torch.stack([torch.stack([v for _, v in row]) for row in pairs]),
+                        torch.stack([torch.stack([u for u, _ in row]) for row in pairs]))
+    return Monarch.of(v, u, bias, in_features=k, out_features=n, interleave=interleave), sorted(set(events))
+
+
+@torch.no_grad()
+def losses(weight: Tensor, stats: "Stats | None" = None, *, blocks: int | tuple[int, int] = 4, fit: str = "weights",
+           interleave: bool = True) -> Tensor:
+    """The squared error for every rank of the blocks, in the metric of `fit`.   [min(p, s) + 1], fp64
+
+    For outputs, of each block by itself, as if inputs of different blocks were uncorrelated: where the sweeps start."""
+    n, k = weight.shape
+    blocks = check_blocks(k, n, blocks)
+    require(stats, blocks=blocks, fit=fit)
+    require_finite(weight, "weight")
+    if fit == "fisher":
+        rows, columns = fwsvd.weights_of(weight, stats, "both")
+        weight = rows.sqrt()[:, None] * weight * columns.sqrt()
+    parts = to_blocks(weight, blocks, interleave)
+    roots = [None] * blocks[0] if fit != "outputs" else [root for root, _ in _roots(weight, stats, blocks)[0]]
+    return sum(tails(spectrum(partial(_gram, block, root))) for row in parts for block, root in zip(row, roots))
+
+
+factorize_blockwise, losses_blockwise = partial(factorize, interleave=False), partial(losses, interleave=False)
+
+
+def _gram(block: Tensor, root) -> Tensor:
+    return smaller_gram(block if root is None else root.applied(block.double()))
+
+
+Pairs = list[list[tuple[Tensor, Tensor]]]  # (u [s, r], v [r, p]) of each block, by output and then by input block
+
+
+def _by_weights(weight: Tensor, stats, rank: int, blocks: tuple[int, int], interleave: bool) -> tuple[Pairs, list[str]]:
+    events: list[str] = []
+    return [[_closest(block, rank, weight.dtype, events) for block in row]
+            for row in to_blocks(weight, blocks, interleave)], events
+
+
+def _closest(block: Tensor, rank: int, dtype: torch.dtype, events: list[str]) -> tuple[Tensor, Tensor]:
+    u, s, vt, solved = truncated_svd(block, rank)
+    events += solved.events
+    return balance(u * s, vt, dtype)
+
+
+def _by_fisher(weight: Tensor, stats: "Stats", rank: int, blocks: tuple[int, int], interleave: bool) -> tuple[Pairs, list[str]]:
+    rows, columns = (weights.sqrt() for weights in fwsvd.weights_of(weight, stats, "both"))
+    events: list[str] = []
+    scale_of_row = to_blocks(rows[:, None].expand_as(weight), blocks, interleave)[:, 0, :, 0]  # [b_out, s]
+    scale_of_column = to_blocks(columns.expand_as(weight), blocks, interleave)[0, :, 0]  # [b_in, p]
+    pairs = []
+    for row, o in zip(to_blocks(rows[:, None] * weight * columns, blocks, interleave), scale_of_row):
+        pairs.append([])
+        for block, c in zip(row, scale_of_column):
+            u, s, vt, solved = truncated_svd(block, rank)
+            events += solved.events
+            o, c = (torch.where(scale > 0, scale, 1) for scale in (o, c))  # padding
+            pairs[-1].append(balance(u * s / o[:, None], vt / c, weight.dtype))
+    return pairs, events
+
+
+def _by_outputs(weight: Tensor, stats: "Stats", rank: int, blocks: tuple[int, int], interleave: bool) -> tuple[Pairs, list[str]]:
+    roots, gram, events = _roots(weight, stats, blocks)
+    pairs = []
+    for row in to_blocks(weight.double(), blocks, interleave):  # [b_in, s, p]
+        found = [_fitted(block, root, rank, events) for block, (root, _) in zip(row, roots)]
+        error = [block - u @ v for block, (u, v) in zip(row, found)]
+        last = _energy(error, gram)
+        for _ in range(_SWEEPS if len(row) > 1 else 0):
+            for i, (block, (root, inverse)) in enumerate(zip(row, roots)):
+                others = sum(error[a] @ gram[a][i] for a in range(len(row)) if a != i)
+                found[i] = _fitted(block + inverse(others), root, rank, events)
+                error[i] = block - found[i][0] @ found[i][1]
+            now = _energy(error, gram)
+            if not now < last * (1 - _GAIN):
+                break
+            last = now
+        pairs.append([balance(u, v, weight.dtype) for u, v in found])
+    return pairs, events
+
+
+def _fitted(target: Tensor, root, rank: int, events: list[str]) -> tuple[Tensor, Tensor]:
+    """u [s, r], v [r, p] that minimize ||(target - u v) L||_F"""
+    u, s, vt, solved = truncated_svd(root.applied(target), rank)
+    events += solved.events
+    return u * s, root.solved(vt)
+
+
+def _energy(error: list[Tensor], gram: list[list[Tensor]]) -> float:
+    """tr(E C E^T)"""
+    return float(sum(((left @ gram[a][b]) * right).sum() for a, left in enumerate(error) for b, right in enumerate(error)))
+
+
+def _roots(weight: Tensor, stats: "Stats", blocks: tuple[int, int]):
+    """([(root L of C_ii, x -> x C_ii^-1) of each input block], C as blocks [b_in][b_in] of [p, p] fp64, events)"""
+    gram, shift, events = whitened.damped(weight, stats)
+    (n, k), (b_in, _) = weight.shape, blocks
+    p = block_size(k, n, blocks)[0]
+    whole = torch.zeros(b_in * p, b_in * p, dtype=torch.float64, device=weight.device)
+    whole[:k, :k] = gram
+    whole.diagonal().add_(shift)  # the padding's, too: no block is without a root
+    parts = [list(strip.split(p, dim=1)) for strip in whole.split(p)]
+    roots = []
+    for i in range(b_in):
+        root = gram_root(parts[i][i], "cholesky")
+        events += root.events
+        roots.append((root, partial(_divided, parts[i][i])))
+    return roots, parts, events
+
+
+def _divided(matrix: Tensor, left: Tensor) -> Tensor:
+    """left matrix^-1, for a positive definite matrix"""
+    return torch.linalg.solve(matrix, left, left=False)
