@@ -109,7 +109,7 @@ MISTAKES = {
     "ratio nan": ("{dense} out --ratio nan --calibrate {texts}", "ratio must be between 0 and 1"),
     "ratio no number": ("{dense} out --ratio half --calibrate {texts}", "Invalid value for '--ratio'"),
     "ratio too small": ("{dense} out --ratio 0.001 --calibrate {texts}", "too few; rank 1 everywhere"),
-    "unknown method": ("{dense} out --method magic", "method must be one of svd, fwsvd, whitened; found 'magic'"),
+    "unknown method": ("{dense} out --method magic", "found 'magic'"),
     "unknown policy": ("{dense} out --method svd --policy fair", "policy must be one of"),
     "unknown device": ("{dense} out --method svd --device tpu", "--device is 'tpu'; needs auto, cpu or cuda"),
     "unknown task": ("{dense} out --task poetry --calibrate {texts}", "poetry"),
@@ -313,3 +313,26 @@ def test_inspect_before_and_after(work, dense, texts):
 def test_doctor(work):
     assert f"torch {torch.__version__}" in lowfat("doctor").stdout.replace("\n", "").replace("   ", "")
     assert {"versions", "kernels", "advice"} <= json.loads(lowfat("doctor", "--json").stdout).keys()
+
+
+# --- arguments of a method ---
+
+@pytest.mark.parametrize("method", ["monarch", "block_low_rank"])
+def test_factorize_with_arguments_of_the_method(method, dense, texts, work):
+    lowfat("factorize", dense, "half", "--method", method, "--set", "blocks=2", "--set", "fit=outputs", "--calibrate", texts)
+    config = json.loads(Path("half/config.json").read_text())["quantization_config"]["modules"]
+    assert {(entry["structure"], tuple(entry["blocks"]), entry["interleave"]) for entry in config.values()} == {
+        ("Monarch", (2, 2), method == "monarch")}
+    assert "accuracy" in lowfat("evaluate", "half", "--data", texts).stdout
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--set", "blocks"], "--set needs NAME=VALUE like blocks=8; found 'blocks'"),
+    (["--set", "blocks=0"], "blocks must be between 1 and"), (["--set", "blocks=4096"], "found 4096"),
+    (["--set", "blocks=many"], "monarch: blocks must be a whole number or two, for inputs and outputs; found 'many'"),
+    (["--set", "fit=best"], "monarch: fit must be one of 'weights', 'outputs', 'fisher'; found 'best'"),
+    (["--set", "sides=2"], "monarch has no argument 'sides'; it has blocks, fit"),
+    (["--set", "fit=outputs"], "monarch needs texts to calibrate on")])
+def test_wrong_arguments_of_a_method(arguments, words, dense, work):
+    done = CliRunner().invoke(app, ["factorize", str(dense), "half", "--method", "monarch", *arguments])
+    assert done.exit_code == 2 and words in done.stderr and not Path("half").exists(), done.stderr

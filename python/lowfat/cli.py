@@ -1,6 +1,7 @@
 """The `lowfat` command: reads options, shows progress and tables, and exits; the work is done by the library."""
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -95,24 +96,24 @@ def factorize(
     model: Model, out_folder: Out,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.")] = "whitened",
     ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
-    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Not for svd; fwsvd needs labels.")] = None,
+    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="For whitened and fit=outputs; for fwsvd, with labels.")] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.")] = "allocated",
+    arguments: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE",
+                                                           help="Of the method: blocks=8, fit=outputs.")] = None,
     task: Task = None, layers: Layers = None, samples: Samples = None, max_length: MaxLength = None,
     batch_size: BatchSize = 8, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
     """Writes a smaller copy of MODEL, a folder or hub name, to the folder OUT. Killed, the same command continues. TEXTS: a
     .jsonl or .txt file.
 
-    \b
-    Example:  lowfat factorize all-MiniLM-L6-v2 half \\
-                  --calibrate lowfat-demo/texts.jsonl
+    Example:  lowfat factorize all-MiniLM-L6-v2 half --calibrate texts.jsonl
     """
     from .job import factorize_folder
 
     where, rows = device_of(device), calibrate and first(read_rows(calibrate), samples)
     with bar("opening") as tell:
         report = factorize_folder(model_folder(model), out_folder, method=method, ratio=ratio, policy=policy,
-                                  layers=layers or None, rows=rows, task=task, batch_size=batch_size,
+                                  layers=layers or None, arguments=named(arguments or []), rows=rows, task=task, batch_size=batch_size,
                                   max_length=max_length, device=where, overwrite=overwrite,
                                   on_progress=lambda phase, done, total, what: tell(done, total, phase))
     print_json(report.to_json()) if as_json else show_report(report, out_folder)
@@ -279,6 +280,20 @@ def check_file(path: Path) -> None:
         raise ArgumentError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ArgumentError(f"{path}: cannot be written")
+
+
+def named(arguments: list[str]) -> dict:
+    """{"blocks": 8} of ["blocks=8"]: values are JSON, or else words."""
+    found = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or not name:
+            raise ArgumentError(f"--set needs NAME=VALUE like blocks=8; found {argument!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def first(rows: list[dict], samples: int | None) -> list[dict]:

@@ -16,7 +16,7 @@ from .layers import factorizable
 from .manifest import digest
 from .methods import METHODS, check_arguments
 from .model_inputs import fitting, padding
-from .plan import POLICIES, Plan, plan
+from .plan import POLICIES, Plan, ladders_of, plan
 from .pooling import pooling_files
 
 log = logging.getLogger("lowfat")
@@ -48,6 +48,7 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     fingerprint |= progress.environment(torch.device(device))
     storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
     plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
+    ladders_of(check_arguments(method, arguments), factorizable(model, layers), arguments)
     check_weights(factorizable(model, layers))
     data = None if rows is None else _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
     with progress.opened(states, fingerprint):
@@ -156,7 +157,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:
     if "fisher" in needs and task == "embedding":
-        raise ArgumentError("fwsvd needs a task with a loss, classification or lm; this model makes embeddings")
+        raise ArgumentError("Fisher information needs a task with a loss, classification or lm; this model makes embeddings")
     return batches(rows, tokenizer, task, batch_size=batch_size, max_length=max_length,
                    labels="fisher" in needs, label2id=model.config.label2id, device=model.device)
 

@@ -99,7 +99,7 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
     chosen = factorizable(model, layers)
     if checked.needs:
         _check_stats(checked, chosen, stats, arguments)
-    ladders = [_ladder(checked, name, module, arguments) for name, module in chosen.items()]
+    ladders = ladders_of(checked, chosen, arguments)
     budget = int(ratio * sum(ladder.costs[-1] for ladder in ladders))
     if policy == "allocated":
         picks = allocated(ladders, budget, [_losses(checked, module, stats, name, ladder, arguments)
@@ -110,12 +110,17 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
                  for (name, module), ladder, pick in zip(chosen.items(), ladders, picks)}, ratio=ratio, policy=policy)
 
 
-def _ladder(method: Method, name: str, module: nn.Module, arguments: dict[str, Any]) -> Ladder:
-    k, n = sizes(module)
-    try:
-        return Ladder(k, n, *method.size(k, n, **arguments))
-    except LowfatError as error:
-        raise type(error)(f"{name}: {error}") from error
+def ladders_of(method: Method, chosen: Mapping[str, nn.Module], arguments: dict[str, Any]) -> list[Ladder]:
+    """The sizes that each layer can have; raises what the method says of sizes and arguments that do not fit, naming the
+    layer."""
+    ladders = []
+    for name, module in chosen.items():
+        k, n = sizes(module)
+        try:
+            ladders.append(Ladder(k, n, *method.size(k, n, **arguments)))
+        except LowfatError as error:
+            raise type(error)(f"{name}: {error}") from error
+    return ladders
 
 
 def _check_stats(checked: Method, chosen: Mapping[str, nn.Module], stats: Mapping | None, arguments: dict[str, Any]) -> None:

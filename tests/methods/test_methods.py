@@ -227,7 +227,8 @@ def test_impossible_ranks_are_refused(name, arguments, rank):
 
 
 @pytest.mark.parametrize("method, arguments, says", [
-    ("magic", {}, "method must be one of svd, fwsvd, whitened, monarch, block_low_rank; found 'magic'"), (None, {}, "found None"),
+    ("magic", {}, "method must be one of svd, fwsvd, whitened, monarch, block_low_rank; found 'magic'"),
+    (None, {}, "found None"),
     ("svd", {"side": "in"}, "svd has no argument 'side'; it has none"),
     ("fwsvd", {"side": "up"}, "side must be one of 'in', 'out', 'both'; found 'up'"),
     ("fwsvd", {"exact": 1}, "exact must be one of False, True; found 1"),
