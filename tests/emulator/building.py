@@ -26,7 +26,7 @@ def build(name: str, to: Path, mode: list[str], root: Path = ROOT) -> subprocess
     return subprocess.run([*command, "-ldl"], capture_output=True, text=True)
 
 
-def run(executable: Path, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess:
+def run(executable: Path, *arguments: str, seconds: float = 300) -> subprocess.CompletedProcess:
     """Runs a test; a sanitizer's own exit code is 99, so that it cannot pass for a failed case."""
     environment = {**os.environ, "ASAN_OPTIONS": "exitcode=99:detect_leaks=0"}  # stopped threads never free what they had
     return subprocess.run([str(executable), *arguments], capture_output=True, text=True, timeout=seconds, env=environment)

@@ -30,7 +30,7 @@ def ran(name: str, mode: str) -> subprocess.CompletedProcess:
 
 
 @needs_host
-@pytest.mark.timeout(300)  # a build, on a machine that does other things
+@pytest.mark.timeout(600)  # a build, on a machine that does other things
 @pytest.mark.parametrize("mode", [pytest.param("plain", marks=one_process), "sanitized"])
 @pytest.mark.parametrize("name", building.tests())
 def test_executable(name, mode):
