@@ -75,5 +75,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("r") = 0, py::arg("dtype") = "bfloat16", py::arg("device") = "cpu", py::arg("level") = py::none(),
         py::arg("arch") = 90, py::arg("sm_count") = 132, py::arg("is_aligned") = true,
         py::arg("members") = 1,
-        "The configuration that op uses for this problem, as a dict; `path` says decode, library or empty.");
+        "The configuration that op uses for this problem, as a dict; `path` is what a call is counted under, or empty.");
 }

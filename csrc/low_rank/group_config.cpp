@@ -1,4 +1,4 @@
-// How groups of low_rank members and the pivoted form choose between their kernel and the library. No torch in sight.
+// How groups of low_rank members and the pivoted form choose between their kernel and other ways. No torch in sight.
 #include "low_rank/group.h"
 #include "low_rank/low_rank.h"
 #include "low_rank/pivoted.h"
@@ -11,6 +11,7 @@ bool has_decode(const Problem& p) {
   return p.device == Device::cuda && (p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16) && p.is_aligned;
 }
 
+// instead: what a call does without the kernel, by the name that it is counted under.
 template <class Plan>
 Described described(const Problem& p, const Plan& plan, const char* instead) {
   if (p.m == 0) return {{"path", "empty"}};
@@ -34,6 +35,7 @@ Described describe_swiglu(const Problem& p) {
   return p.device == Device::cpu ? describe_group(p) : described(p, of_equal_members(p, 2, true), "members");
 }
 
+// On a CPU the path is that of the products, which are low_rank's.
 Described describe_pivoted(const Problem& p) {
   if (p.device == Device::cuda) return described(p, choose_pivoted(p), "library");
   const bool is_decode = choose_config(p).path == Path::decode;

@@ -1,6 +1,10 @@
 """Which plan the decode kernels of a group, of SwiGLU and of the pivoted form have for a problem."""
-import pytest
+from itertools import product
 
+import pytest
+import torch
+
+import lowfat
 from lowfat import _native
 
 pytestmark = pytest.mark.skipif(_native.native is None, reason=f"no compiled library: {_native.why_not}")
@@ -29,6 +33,31 @@ def test_blocks_have_equal_numbers_of_tiles(op, members, grid, tiles):
 def test_the_path_follows_what_the_kernel_covers(op, path, changes):
     instead = "library" if op == "low_rank_pivoted" else "members"  # one by one, by low_rank's own paths
     assert config(op, **changes)["path"] == (instead if path == "none" else path)
+
+
+@pytest.mark.parametrize("op", lowfat.kernels())
+def test_every_path_that_is_told_has_a_counter(op):
+    """Kills a name that no call is counted under: who times an op asks for the calls of the path it was told."""
+    for device in ("cpu", "cuda") if lowfat.build_info()["cuda"] else ("cpu",):
+        if not lowfat.kernels()[op][device]:
+            continue
+        for m, dtype, arch, more in product((1, 16, 17, 64, 256, 300, 2048, 5000), ("float32", "bfloat16", "float16", "float64"),
+                                            (75, 80, 86, 90, 100), ({}, {"is_aligned": False}, {"members": 5}, {"r": 12})):
+            path = config(op, m=m, dtype=dtype, device=device, arch=arch, **more)["path"]
+            assert _native.calls(op, device, path) >= 0  # raises where there is none
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("m", [1, 16, 17])
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_on_a_cpu_is_counted_under_its_path(op, m, dtype):
+    kind = getattr(torch, dtype)
+    x, v, other = torch.ones(m, 40, dtype=kind), torch.ones(8, 40, dtype=kind), torch.ones(24, 8, dtype=kind)
+    args = (v, other, torch.arange(8), None) if op == "low_rank_pivoted" else ([v, v], [other, other], [None, None])
+    path = config(op, m=m, n=24, k=40, r=8, dtype=dtype, device="cpu")["path"]
+    before = _native.calls(op, "cpu", path)
+    getattr(torch.ops.lowfat, op)(x, *args)
+    assert _native.calls(op, "cpu", path) == before + 1
 
 
 @pytest.mark.parametrize(("path", "changes"), [
