@@ -54,6 +54,51 @@ def test_a_row_names_the_path_that_ran():
     assert which_ran("low_rank", x, 96, 16, before=calls("low_rank", x, 96, 16)) == "reference"
 
 
+@pytest.mark.parametrize("op", ["low_rank_group", "low_rank_swiglu"])
+def test_a_row_of_a_group_names_what_ran_for_its_members(op):
+    """Kills a name by the group's own counter, which says that the members ran one by one and not how."""
+    from lowfat import _native
+
+    def ran(dtype):
+        found = race.race(op, shapes="64:96:16", rows="1,40", dtype=dtype, device=CPU, seconds=0.01)
+        return [row["ran"] for row in found["rows"]]
+
+    kernel = f"kernel ({_native.cpu_level()})"
+    expected = {"bfloat16": [kernel, "library"], "float32": [kernel, "library"], "float16": ["library", "library"]}
+    for dtype, names in expected.items():
+        assert ran(dtype) == (names if _native.kernels() else ["reference", "reference"])
+    x = torch.randn(1, 64)
+    assert which_ran(op, x, 96, 16, before=calls(op, x, 96, 16, members=2), members=2) == "reference"
+
+
+def test_members_on_a_gpu_have_the_names_of_their_paths(monkeypatch):
+    """Of a GPU without one: the counters of groups that no kernel covers are low_rank's, those of others their own."""
+    from lowfat import _native
+
+    if _native.native is None:
+        pytest.skip(f"no compiled library: {_native.why_not}")
+    about = type("About", (), {"major": 9, "minor": 0, "multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(_native, "kernels", lambda: dict.fromkeys(race.OPS, {"cuda": ["sm_90a"]}))
+    monkeypatch.setattr(_native, "calls", lambda op, device, path: asked.append((op, path)) or len(asked))
+    asked = []
+    kernel = _native.native.choose_config("low_rank", m=64, n=96, k=64, r=16, device="cuda")["path"]  # by what was built
+    for m, op, path in ((1, "low_rank_group", "decode"), (64, "low_rank", kernel), (5000, "low_rank", "library")):
+        ran = which_ran("low_rank_group", OnGpu(m, 64), 96, 16, before=0, members=3)
+        assert asked.pop() == (op, path) and ran == (path if path == "library" else f"kernel ({path})")
+
+
+class OnGpu:
+    """As much of a tensor as config() looks at."""
+    is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
+
+    def __init__(self, m, k):
+        self.shape = (m, k)
+
+    def __len__(self):
+        return self.shape[0]
+
+
 @pytest.mark.parametrize("planted", [
     lambda x, v, u: torch.empty(len(x), len(u), dtype=x.dtype),  # nothing
     lambda x, v, u: torch.zeros(len(x), len(u), dtype=x.dtype),

@@ -82,15 +82,21 @@ def config(op: str, x: Tensor, n: int, r: int, members: int = 1) -> dict:
     return _native.native.choose_config(op, m=len(x), n=n, k=x.shape[1], r=r, dtype=dtype_name(x), device=x.device.type, **more)
 
 
+def counted(op: str, x: Tensor, n: int, r: int, members: int = 1) -> tuple[str, dict]:
+    """The op whose counters tell what runs, and its config: low_rank, where a group's members go its way one by one."""
+    chosen = config(op, x, n, r, members)
+    return ("low_rank", config("low_rank", x, n, r)) if chosen.get("path") == "members" else (op, chosen)
+
+
 def calls(op: str, x: Tensor, n: int, r: int, members: int = 1) -> int:
     """Calls so far of the path that this problem should take."""
-    chosen = config(op, x, n, r, members)
+    op, chosen = counted(op, x, n, r, members)
     return _native.calls(op, x.device.type, chosen["path"]) if chosen else 0
 
 
 def which_ran(op: str, x: Tensor, n: int, r: int, before: int, members: int = 1) -> str:
     """The path that was taken since `before`, by its counter: the kernel with its level or variant, or what stood in."""
-    chosen = config(op, x, n, r, members)
+    _, chosen = counted(op, x, n, r, members)
     if not chosen or calls(op, x, n, r, members) == before:
         return "reference"
     path = chosen["path"]
