@@ -41,8 +41,9 @@ def test_every_path_that_is_told_has_a_counter(op):
     for device in ("cpu", "cuda") if lowfat.build_info()["cuda"] else ("cpu",):
         if not lowfat.kernels()[op][device]:
             continue
-        for m, dtype, arch, more in product((1, 16, 17, 64, 256, 300, 2048, 5000), ("float32", "bfloat16", "float16", "float64"),
-                                            (75, 80, 86, 90, 100), ({}, {"is_aligned": False}, {"members": 5}, {"r": 12})):
+        rows, others = (1, 16, 17, 64, 256, 300, 2048, 5000), ({}, {"is_aligned": False}, {"members": 5}, {"r": 12})
+        dtypes, archs = ("float32", "bfloat16", "float16", "float64"), (75, 80, 86, 90, 100)
+        for m, dtype, arch, more in product(rows, dtypes, archs, others):
             path = config(op, m=m, dtype=dtype, device=device, arch=arch, **more)["path"]
             assert _native.calls(op, device, path) >= 0  # raises where there is none
 
