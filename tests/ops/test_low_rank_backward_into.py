@@ -99,14 +99,13 @@ def test_main_grad_training_equals_autograd():
         @staticmethod
         def forward(ctx, x, v, u, bias):
             y, h = OPS.low_rank_training(x, v, u, bias)
-            ctx.save_for_backward(x, h, v, u)
-            ctx.bias = bias
+            ctx.save_for_backward(x, h, v, u, bias)
             return y
 
         @staticmethod
         def backward(ctx, dy):
-            x, h, v, u = ctx.saved_tensors
-            dx = low_rank_backward_into(dy, x, h, v, u, v.main_grad, u.main_grad, ctx.bias.main_grad)
+            x, h, v, u, bias = ctx.saved_tensors
+            dx = low_rank_backward_into(dy, x, h, v, u, v.main_grad, u.main_grad, bias.main_grad)
             return dx, None, None, None
 
     x, v, u, bias = (t.requires_grad_() for t in gates.whole_inputs(12, 9, 4, 8, torch.float32))

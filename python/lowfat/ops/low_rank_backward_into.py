@@ -65,7 +65,7 @@ def low_rank_backward_into(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, u
     the way there. In the backward of an autograd.Function, with h from torch.ops.lowfat.low_rank_training (None: computed
     again) and float32 tensors in `main_grad`:
 
-        x, h, v, u = ctx.saved_tensors
+        x, h, v, u, bias = ctx.saved_tensors
         dx = low_rank_backward_into(dy, x, h, v, u, v.main_grad, u.main_grad, bias.main_grad)
         return dx, None, None, None
 
