@@ -168,6 +168,18 @@ def test_mistakes_name_their_member(place, wrong, error, text):
         OPS.low_rank_group(*args)
 
 
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_one_tensor_is_no_list_of_members(place):
+    """With gradients or without: torch would take its rows for the members."""
+    args = [torch.ones(3, 7), torch.ones(2, 4, 7), torch.ones(2, 5, 4), torch.ones(2, 5)]
+    args = [one if i in (0, place) else list(one) for i, one in enumerate(args)]
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        for recorded in (False, True):
+            args[0].requires_grad_(recorded)
+            with mode, pytest.raises(DtypeError, match="low_rank_group: .* must be a list of tensors, .* found Tensor"):
+                low_rank_group(*args)
+
+
 def test_an_empty_group_is_refused():
     for call in (low_rank_group, OPS.low_rank_group):
         with pytest.raises((ShapeError, RuntimeError), match="low_rank_group: v has no members, must have at least one"):

@@ -133,6 +133,18 @@ def test_mistakes_name_their_member(place, wrong, error, text):
         OPS.low_rank_swiglu(*args)
 
 
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_one_tensor_is_no_list_of_members(place):
+    """With gradients or without: torch would take its rows for the members."""
+    args = [torch.ones(3, 7), torch.ones(2, 4, 7), torch.ones(2, 5, 4), torch.ones(2, 5)]
+    args = [one if i in (0, place) else list(one) for i, one in enumerate(args)]
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        for recorded in (False, True):
+            args[0].requires_grad_(recorded)
+            with mode, pytest.raises(DtypeError, match="low_rank_swiglu: .* must be a list of tensors, .* found Tensor"):
+                low_rank_swiglu(*args)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_two_members_are_needed(count):
     x, v, u = ONE[0], [ONE[1][0]] * count, [ONE[2][0]] * count

@@ -18,7 +18,7 @@ def check(x: Tensor, v: Sequence[Tensor], u: Sequence[Tensor], bias: Sequence[Te
     """Raise the error that names what is wrong with these arguments, and of which member, if anything is."""
     bias = without(v) if bias is None else bias
     for name, members in (("v", v), ("u", u), ("bias", bias)):
-        if not isinstance(members, (list, tuple)):
+        if not is_list(members):
             raise DtypeError(f"{op}: {name} must be a list of tensors, one per member, found {type(members).__name__}")
     if not len(v) == len(u) == len(bias):
         raise ShapeError(f"{op}: v has {len(v)} members, u {len(u)} and bias {len(bias)}; must be one number for all")
@@ -28,9 +28,14 @@ def check(x: Tensor, v: Sequence[Tensor], u: Sequence[Tensor], bias: Sequence[Te
         check_member(x, *member, op=op, names=(f"v[{i}]", f"u[{i}]", f"bias[{i}]"))
 
 
+def is_list(members) -> bool:
+    """No tensor: an op would take one for the list of its rows, and the composition that is differentiated would not."""
+    return isinstance(members, (list, tuple))
+
+
 def without(v: Sequence[Tensor]) -> list[None]:
     """The bias of a group that has none."""
-    return [None] * len(v) if isinstance(v, (list, tuple)) else []
+    return [None] * len(v) if is_list(v) else []
 
 
 def reference(x: Tensor, v: list[Tensor], u: list[Tensor], bias: list[Tensor | None]) -> list[Tensor]:
@@ -56,6 +61,8 @@ def low_rank_group(x: Tensor, v: Sequence[Tensor], u: Sequence[Tensor],
 
     Raises ShapeError, DtypeError or DeviceError, naming the argument and its member; UnsupportedError as `low_rank` does."""
     bias = without(v) if bias is None else bias
+    if not (is_list(v) and is_list(u) and is_list(bias)):
+        check(x, v, u, bias)
     if torch.compiler.is_compiling():
         return _forward(x, v, u, bias)
     try:

@@ -11,6 +11,7 @@ from ..errors import ShapeError
 from ._library import below_autograd, composite_gradient, define, is_recorded, refuse
 from .low_rank_group import check as check_group
 from .low_rank_group import composition as group_composition
+from .low_rank_group import is_list
 from .low_rank_group import reference as group_reference
 from .low_rank_group import without
 
@@ -52,6 +53,8 @@ def low_rank_swiglu(x: Tensor, v: Sequence[Tensor], u: Sequence[Tensor],
 
     Raises ShapeError, DtypeError or DeviceError, naming the argument and its member; UnsupportedError as `low_rank` does."""
     bias = without(v) if bias is None else bias
+    if not (is_list(v) and is_list(u) and is_list(bias)):
+        check(x, v, u, bias)
     if torch.compiler.is_compiling():
         return _forward(x, v, u, bias)
     try:
