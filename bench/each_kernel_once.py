@@ -1,5 +1,6 @@
 """Every GPU kernel on one small shape, its results judged by the gates: what a sanitizer runs."""
 import sys
+from itertools import product
 
 import torch
 from torch.nn.functional import gelu, linear, silu
@@ -78,35 +79,47 @@ def low_rank_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[
 def low_rank_backward_into(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
     """Onto ones: what was there stays."""
     x, dy, v, u, _ = operands(m, dtype, device)
-    h = linear(x, v)
+    h, ones = linear(x, v), torch.ones(1, m, device=device, dtype=dtype)
     dv, du, db = (torch.ones(shape, device=device) for shape in (v.shape, u.shape, u.shape[:1]))
-    OPS.low_rank_backward_into(dy, x, h, v, u, dv, du, db, True)
-    return [*failed_gates(dv - 1, linear(linear(u.T, dy), x.T).float(), chain(u.T, dy.T, x), dtype),
-            *failed_gates(du - 1, linear(dy.T, h.T).float(), chain(dy.T, h), dtype)]
+    dx = OPS.low_rank_backward_into(dy, x, h, v, u, dv, du, db, True)
+    return [*failed_gates(dx, linear(linear(dy, u.T), v.T), chain(dy, u, v)),
+            *failed_gates(dv - 1, linear(linear(u.T, dy), x.T).float(), chain(u.T, dy.T, x), dtype),
+            *failed_gates(du - 1, linear(dy.T, h.T).float(), chain(dy.T, h), dtype),
+            *failed_gates((db - 1)[None], linear(ones, dy.T).float(), chain(ones, dy), dtype)]
 
 
-def kernels_here() -> list[tuple[str, str]]:
-    """(op, path) of every kernel that this GPU is meant to run."""
-    paths = {(8, 0): ("decode", "small batch sm_80"), (9, 0): ("decode", "small batch", "chain")}
-    here = paths.get(torch.cuda.get_device_capability(), ("decode",))
-    decoded = [(op, "decode") for op in ("low_rank_group", "low_rank_swiglu", "low_rank_pivoted")]
-    return [*(("low_rank", path) for path in here), *decoded, ("low_rank_backward", "kernels"),
-            ("low_rank_backward_into", "kernels")]
+# function -> the op whose choice of a path and whose counters it shares, and the values of m
+CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_rank", (1, 16, 100, 300)),
+         low_rank_group: ("low_rank_group", (5,)), low_rank_swiglu: ("low_rank_swiglu", (5,)),
+         low_rank_pivoted: ("low_rank_pivoted", (5,)), low_rank_backward: ("low_rank_backward", (100,)),
+         low_rank_backward_into: ("low_rank_backward_into", (100,))}
+NO_KERNEL = ("library", "members")
+
+
+def path_here(op: str, m: int, dtype: torch.dtype) -> str:
+    """The path that this problem has on this GPU."""
+    about = torch.cuda.get_device_properties()
+    return _native.native.choose_config(op, m=m, n=N, k=K, r=R, dtype=str(dtype).removeprefix("torch."), device="cuda",
+                                        arch=about.major * 10 + about.minor, sm_count=about.multi_processor_count,
+                                        members=3 if op == "low_rank_group" else 1)["path"]
 
 
 def main() -> int:
     torch.manual_seed(0)
-    before, status = {(op, path): _native.calls(op, "cuda", path) for op, path in kernels_here()}, 0
-    for dtype in (torch.bfloat16, torch.float16):
-        for op, m in (*((op, m) for op in (low_rank, low_rank_epilogue) for m in (1, 16, 100, 300)),
-                      *((op, 5) for op in (low_rank_group, low_rank_swiglu, low_rank_pivoted)),
-                      (low_rank_backward, 100), (low_rank_backward_into, 100)):
-            failed = op(m, dtype)
-            print("FAIL" if failed else "pass", op.__name__, dtype, f"m = {m}", *failed)
+    status = 0
+    for call, (op, rows) in CALLS.items():
+        paths = set()
+        for m, dtype in product(rows, (torch.bfloat16, torch.float16)):
+            path = path_here(op, m, dtype)
+            paths.add(path)
+            before = _native.calls(op, "cuda", path)
+            failed = call(m, dtype)
+            if _native.calls(op, "cuda", path) == before:
+                failed.append("another path ran")
+            print("FAIL" if failed else "pass", call.__name__, dtype, f"m = {m}, {path}", *failed)
             status |= bool(failed)
-    for (op, path), calls in before.items():
-        if _native.calls(op, "cuda", path) == calls:
-            print("FAIL", op, path, "no kernel ran")
+        if paths.issubset(NO_KERNEL):
+            print("FAIL", call.__name__, "has no kernel here")
             status = 1
     return status
 
