@@ -9,7 +9,7 @@
 // The kernel is decode (decode.cu) with c for u. Nobody stores where the rows of c go: a block searches the pivots for it
 // while it waits for h. Each block writes some columns of h to y.
 //
-// Pivots are strictly ascending and lie in [0, n). Of others y is wrong, but nothing outside of it is touched.
+// Pivots are strictly ascending and lie in [0, n). Of others y is wrong, but all of it is written, and nothing outside.
 //
 // Compiled for sm_80, sm_90a and as PTX, run by tests in an emulator; it HAS NEVER RUN ON A GPU, and no speed is claimed.
 #include "device/grid.h"
@@ -66,15 +66,14 @@ LOWFAT_DEVICE void find_columns(const PivotedParams& p, const SecondShare& mine,
   const int64_t* smem_pivots = reinterpret_cast<const int64_t*>(smem_h);
   for (int i = threadIdx.x; i < columns.count; i += blockDim.x) {
     const int row = mine.tiles.first * kTileRows + i;
-    int64_t column = -1;
+    int column = -1;
     if (i >= columns.of_tiles) {
-      column = smem_pivots[columns.pivots.first + i - columns.of_tiles];
+      column = pivot_column(smem_pivots, p.r, p.n, columns.pivots.first + i - columns.of_tiles);
     } else if (row < p.n - p.r) {
       column = complement_column(smem_pivots, p.r, row);
     }
-    const int to = column_or_none(column, p.n);
-    columns.smem_columns[i] = to;
-    columns.smem_bias[i] = p.bias && to >= 0 ? device::load(p.bias + to) : 0;
+    columns.smem_columns[i] = column;
+    columns.smem_bias[i] = p.bias && column >= 0 ? device::load(p.bias + column) : 0;
   }
 }
 

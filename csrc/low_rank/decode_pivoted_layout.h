@@ -8,7 +8,8 @@ namespace low_rank {
 
 // The column of y that row `row` of c makes: the one before which are `row` others that are no pivots. Of ascending pivots
 // the first i with pivots[i] - i > row is looked for; i is within [0, r] whatever the pivots are, and so the column within
-// [row, row + r].
+// [row, row + r]. Nor does i ever fall from a row to the next one, whose search goes the same way until it turns right where
+// the other turned left: no two rows have one column.
 LOWFAT_CONSTEXPR int complement_column(const int64_t* pivots, int r, int row) {
   int first = 0, last = r;
   while (first < last) {
@@ -22,9 +23,26 @@ LOWFAT_CONSTEXPR int complement_column(const int64_t* pivots, int r, int row) {
   return row + first;
 }
 
-// A column of y by a number that came from memory; -1 where it is none, of which nothing is read or written.
-LOWFAT_CONSTEXPR int column_or_none(int64_t column, int n) {
-  return static_cast<uint64_t>(column) < static_cast<uint64_t>(n) ? static_cast<int>(column) : -1;
+// The column of y that has column `pivot` of h: of pivots that ascend in [0, n) pivots[pivot] itself, of others the one that
+// the rows of c leave to it, so that every column is written once whatever the pivots are. In front of it are the rows whose
+// search ends at it or before; on the way to it, each place turns off the rows on one side of a number.
+LOWFAT_CONSTEXPR int pivot_column(const int64_t* pivots, int r, int n, int pivot) {
+  int first = 0, last = r, least = 0, most = n - r;  // rows below `least` are in front of it, those from `most` on not
+  while (true) {
+    const int middle = (first + last) / 2;
+    int before = least;
+    if (pivots[middle] >= most + middle) {
+      before = most;
+    } else if (pivots[middle] > least + middle) {
+      before = static_cast<int>(pivots[middle]) - middle;
+    }
+    if (middle == pivot) return pivot + before;
+    if (middle < pivot) {
+      first = middle + 1, least = before;
+    } else {
+      last = middle, most = before;
+    }
+  }
 }
 
 // The columns of h that a block writes to y, for all tokens.

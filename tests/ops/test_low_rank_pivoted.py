@@ -201,7 +201,8 @@ def test_the_path_on_a_cpu_is_recorded(m, path, dtype, product):
                                         ((1, 264, 64, 64), "decode"), ((17, 264, 64, 200), "library"),
                                         ((1, 265, 64, 200), "library")])
 def test_the_path_on_a_gpu_is_recorded(shape, path):
-    """T-dispatch-record, within the gates; with bad pivots every column is written all the same, and the GPU goes on."""
+    """T-dispatch-record, within the gates. With bad pivots every column is written all the same, to memory that was NaN, and
+    the GPU goes on."""
     def paths():
         return {path: _native.calls("low_rank_pivoted", "cuda", path) for path in ("decode", "library")}
 
@@ -211,10 +212,12 @@ def test_the_path_on_a_gpu_is_recorded(shape, path):
     assert paths() == before | {path: before[path] + 2}  # check_call calls twice
     assert gates.failed_gates(y, framework(*args), known(*args)) == []
     r, n = shape[2:]
-    for bad in (-1, n, 2**31 - 1, 2**32, 2**40, -2**63):
-        pivots = args[3].clone()
-        pivots[r // 2] = bad
-        assert OPS.low_rank_pivoted(*args[:3], pivots, args[4]).shape == (shape[0], n)
+    bad = [args[3].flip(0), torch.zeros_like(args[3]), torch.full_like(args[3], n - 1)]
+    for one in (-1, n, 2**31 - 1, 2**32, 2**40, -2**63):
+        bad.append(args[3].clone())
+        bad[-1][r // 2] = one
+    for pivots in bad:
+        assert gates.check_call(OPS.low_rank_pivoted, (*args[:3], pivots, args[4])).shape == (shape[0], n)
     torch.cuda.synchronize()
     assert torch.equal(OPS.low_rank_pivoted(*args), y)
 
