@@ -12,7 +12,7 @@
 #include "host/cuda_launch.h"
 #include "host/cuda_stream.h"
 #include "host/tensor.h"
-#include "low_rank/low_rank.h"
+#include "low_rank/forward.h"
 
 namespace low_rank {
 
@@ -24,34 +24,18 @@ CallCounter kernel_calls("low_rank_backward", "cuda", "kernels"), library_calls(
 
 constexpr int kNeedsDh = kNeedsDx | kNeedsDv;
 
-struct Sizes {
-  int64_t m, n, k, r;
-  Kind kind;  // of every tensor
-};
+constexpr Who kBackward{"low_rank_backward"}, kInto{"low_rank_backward_into"};
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dv, du, db; empty where not wanted
 
-bool has_rows_of(const Tensor& t, const Tensor& x, int64_t last) {
-  if (t.dim() != x.dim() || t.size(t.dim() - 1) != last) return false;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    if (t.size(i) != x.size(i)) return false;
-  }
-  return true;
-}
-
 // The conditions that the references check with a named error.
-Sizes check(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& h, const Tensor& v, const Tensor& u) {
-  STD_TORCH_CHECK(x.dim() >= 1, "low_rank: x has no dimensions, must be [..., k]");
-  STD_TORCH_CHECK(v.dim() == 2 && u.dim() == 2, "low_rank: v has ", v.dim(), " and u ", u.dim(),
-                  " dimensions, must be [r, k] and [n, r]");
-  const Sizes s{rows_of(x), u.size(0), v.size(1), v.size(0), kind_of(x)};
-  STD_TORCH_CHECK(x.size(x.dim() - 1) == s.k, "low_rank: x has ", x.size(x.dim() - 1), " features, v has ", s.k);
-  STD_TORCH_CHECK(u.size(1) == s.r, "low_rank: u has rank ", u.size(1), ", v has rank ", s.r);
-  STD_TORCH_CHECK(has_rows_of(dy, x, s.n), "low_rank: dy must be [..., ", s.n, "] with the leading sizes of x");
-  STD_TORCH_CHECK(!h || has_rows_of(*h, x, s.r), "low_rank: h must be [..., ", s.r, "] with the leading sizes of x");
-  STD_TORCH_CHECK(kind_of(v) == s.kind && kind_of(u) == s.kind && kind_of(dy) == s.kind && (!h || kind_of(*h) == s.kind),
-                  "low_rank: dy, x, h, v and u must have one dtype (or use autocast) and be on one device");
-  STD_TORCH_CHECK(dtype_of(s.kind) != Dtype::other, "low_rank: x must be float64, float32, float16 or bfloat16");
+Sizes check(const Who& who, const Tensor& dy, const Tensor& x, const std::optional<Tensor>& h, const Tensor& v,
+            const Tensor& u) {
+  const Sizes s = low_rank::check(who, x, v, u, std::nullopt);
+  STD_TORCH_CHECK(has_rows_of(dy, x, s.n), who.op, ": dy must be [..., ", s.n, "] with the leading sizes of x");
+  STD_TORCH_CHECK(!h || has_rows_of(*h, x, s.r), who.op, ": h must be [..., ", s.r, "] with the leading sizes of x");
+  STD_TORCH_CHECK(kind_of(dy) == s.kind && (!h || kind_of(*h) == s.kind), who.op,
+                  ": dy and h must have one dtype with x (or use autocast) and be on its device");
   return s;
 }
 
@@ -92,8 +76,7 @@ Gradients library(const Sizes& s, const Arguments& in, const Tensor& x, int64_t 
 BackwardPlan plan_of(const Sizes& s, const Arguments& in, int64_t needs, bool is_added, const Gpu& gpu) {
   const bool aligned =
       is_aligned(in.dy) && is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u) && (!in.h || is_aligned(*in.h));
-  const Problem problem{s.m, s.n, s.k, s.r, dtype_of(s.kind), Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count,
-                        aligned};
+  const Problem problem{s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned};
   return choose_backward(problem, static_cast<int>(needs), is_added);
 }
 
@@ -101,7 +84,7 @@ struct Destinations {  // null where not wanted
   void *dx, *dv, *du, *db;
 };
 
-void run(const char* op, const BackwardPlan& plan, const Sizes& s, const Arguments& in, int64_t needs,
+void run(const Who& who, const BackwardPlan& plan, const Sizes& s, const Arguments& in, int64_t needs,
          const Destinations& to, const Gpu& gpu) {
   Kind floats = s.kind;
   floats.dtype = aoti_torch_dtype_float32();
@@ -117,12 +100,12 @@ void run(const char* op, const BackwardPlan& plan, const Sizes& s, const Argumen
   p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);
   p.needs = static_cast<int>(needs);
   void* stream = current_cuda_stream(s.kind.device_index);
-  check_launch(op, launch_backward(plan, p, dtype_of(s.kind), gpu.sm_count, stream), gpu.arch);
+  check_launch(who.op, launch_backward(plan, p, s.dtype, gpu.sm_count, stream), gpu.arch);
 }
 
 Gradients low_rank_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
                                  const Tensor& v_any, const Tensor& u_any, int64_t needs) {
-  const Sizes s = check(dy_any, x_any, h_any, v_any, u_any);
+  const Sizes s = check(kBackward, dy_any, x_any, h_any, v_any, u_any);
   needs &= kNeedsDx | kNeedsDv | kNeedsDu | kNeedsDb;
   const int device = s.kind.device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -138,7 +121,7 @@ Gradients low_rank_backward_cuda(const Tensor& dy_any, const Tensor& x_any, cons
   Tensor dx = wanted(kNeedsDx, {s.m, s.k}), dv = wanted(kNeedsDv, {s.r, s.k}), du = wanted(kNeedsDu, {s.n, s.r});
   Tensor db = wanted(kNeedsDb, {s.n});
   const Destinations to{dx.mutable_data_ptr(), dv.mutable_data_ptr(), du.mutable_data_ptr(), db.mutable_data_ptr()};
-  run("low_rank_backward", plan, s, in, needs, to, gpu);
+  run(kBackward, plan, s, in, needs, to, gpu);
   if (needs & kNeedsDx) dx = shaped_like(dx, x_any);
   return {std::move(dx), std::move(dv), std::move(du), std::move(db)};
 }
@@ -161,18 +144,17 @@ void check_total(const char* name, const std::optional<Tensor>& total, const Siz
   if (!total) return;
   const auto found = total->sizes();
   STD_TORCH_CHECK(found.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), found.begin()),
-                  "low_rank_backward_into: ", name, " must have the shape of what it is the gradient of");
+                  kInto.op, ": ", name, " must have the shape of what it is the gradient of");
   Kind wanted = s.kind;
-  if (dtype_of(s.kind) != Dtype::float64) wanted.dtype = aoti_torch_dtype_float32();
-  STD_TORCH_CHECK(kind_of(*total) == wanted, "low_rank_backward_into: ", name,
+  if (s.dtype != Dtype::float64) wanted.dtype = aoti_torch_dtype_float32();
+  STD_TORCH_CHECK(kind_of(*total) == wanted, kInto.op, ": ", name,
                   " must be float32 (float64 for float64 inputs) and on the device of x");
 }
 
 // What the reference does: products of halves are summed and kept in floats.
 void add_by_library(const Sizes& s, const Arguments& in, const std::optional<Tensor>& dh, Totals& totals) {
   using torch::headeronly::ScalarType;
-  const Dtype dtype = dtype_of(s.kind);
-  const bool is_half = dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+  const bool is_half = s.dtype == Dtype::bfloat16 || s.dtype == Dtype::float16;
   const auto product = [&](const Tensor& a, const Tensor& b) {
     const Tensor across = torch::stable::transpose(a, 0, 1);
     return is_half ? call_torch("aten::mm", "dtype", across, b, ScalarType::Float) : torch::stable::matmul(across, b);
@@ -188,7 +170,7 @@ void add_by_library(const Sizes& s, const Arguments& in, const std::optional<Ten
 Tensor low_rank_backward_into_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
                                    const Tensor& v_any, const Tensor& u_any, const std::optional<Tensor>& dv,
                                    const std::optional<Tensor>& du, const std::optional<Tensor>& db, bool needs_dx) {
-  const Sizes s = check(dy_any, x_any, h_any, v_any, u_any);
+  const Sizes s = check(kInto, dy_any, x_any, h_any, v_any, u_any);
   check_total("dv", dv, s, {s.r, s.k});
   check_total("du", du, s, {s.n, s.r});
   check_total("db", db, s, {s.n});
@@ -210,7 +192,7 @@ Tensor low_rank_backward_into_cuda(const Tensor& dy_any, const Tensor& x_any, co
   const Tensor dx = needs_dx ? empty(s.kind, {s.m, s.k}) : empty(s.kind, {0});
   const auto place_of = [](const std::optional<Tensor>& total) { return total ? total->mutable_data_ptr() : nullptr; };
   const Destinations to{dx.mutable_data_ptr(), place_of(dv), place_of(du), place_of(db)};
-  run("low_rank_backward_into", plan, s, in, needs, to, gpu);
+  run(kInto, plan, s, in, needs, to, gpu);
   return needs_dx ? shaped_like(dx, x_any) : dx;
 }
 

@@ -30,6 +30,9 @@ struct Sizes {
 // The conditions that the Python function checks with a named error, for callers of torch.ops.
 Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias);
 
+// Whether t is [..., last] with the leading sizes of x.
+bool has_rows_of(const Tensor& t, const Tensor& x, int64_t last);
+
 // What is done to the sum, in this order.
 struct Epilogue {
   Activation activation = Activation::none;

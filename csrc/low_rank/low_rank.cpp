@@ -21,12 +21,6 @@ CallCounter decode_calls("low_rank", "cpu", "decode"), library_calls("low_rank",
 
 constexpr std::array<const char*, 5> kActivations{"none", "relu", "gelu", "gelu_tanh", "silu"};  // in their order
 
-bool has_shape_of_y(const Tensor& t, const Tensor& x, int64_t n) {
-  if (t.dim() != x.dim() || t.size(t.dim() - 1) != n) return false;
-  const auto sizes = t.sizes(), x_sizes = x.sizes();
-  return std::equal(sizes.begin(), sizes.end() - 1, x_sizes.begin());
-}
-
 CpuKernel cpu_kernel([[maybe_unused]] CpuLevel level, Dtype dtype, [[maybe_unused]] int64_t m) {
 #ifdef LOWFAT_X86
   if (level == CpuLevel::avx512_bf16) return cpu_kernel_avx512(dtype, m);
@@ -119,11 +113,17 @@ Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, c
   return s;
 }
 
+bool has_rows_of(const Tensor& t, const Tensor& x, int64_t last) {
+  if (t.dim() != x.dim() || t.size(t.dim() - 1) != last) return false;
+  const auto sizes = t.sizes(), x_sizes = x.sizes();
+  return std::equal(sizes.begin(), sizes.end() - 1, x_sizes.begin());
+}
+
 Sizes check(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
             const Epilogue& epilogue) {
   const Sizes s = check(who, x, v, u, bias);
   const std::optional<Tensor>& residual = epilogue.residual;
-  STD_TORCH_CHECK(!residual || has_shape_of_y(*residual, x, s.n), who.op, ": residual must be [..., ", s.n,
+  STD_TORCH_CHECK(!residual || has_rows_of(*residual, x, s.n), who.op, ": residual must be [..., ", s.n,
                   "] with the leading sizes of x");
   STD_TORCH_CHECK(!residual || kind_of(*residual) == s.kind, who.op, ": residual must have the dtype and device of x");
   return s;

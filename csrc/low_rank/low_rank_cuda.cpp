@@ -21,6 +21,7 @@ CallCounter decode_calls("low_rank", "cuda", "decode"), small_batch_calls("low_r
 
 // One call: what every kernel is given, and where the results go.
 struct Call {
+  const Who& who;
   const Operands& in;
   const Sizes& s;
   const Epilogue& epilogue;
@@ -53,7 +54,7 @@ Tensor floats(const Call& c, int64_t count) {
 
 float* data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-void check(const Call& c, const char* error) { check_launch("low_rank", error, c.gpu.arch); }
+void check(const Call& c, const char* error) { check_launch(c.who.op, error, c.gpu.arch); }
 
 uint64_t* barrier_counter(const Call& c, int grid) {
   const char* error = nullptr;
@@ -158,7 +159,7 @@ Result forward_cuda(const Who& who, const Tensor& x, const Tensor& v, const Tens
   const bool writes_h = keep_h || (config.path != Path::empty && config.path != Path::decode);  // decode has it in its blocks
   if (writes_h) result.h = empty_rows(in.x, s.kind, s.r);
   if (config.path == Path::empty) return result;
-  Call call{in, s, epilogue, config, gpu, current_cuda_stream(device), std::move(result), std::move(residual)};
+  Call call{who, in, s, epilogue, config, gpu, current_cuda_stream(device), std::move(result), std::move(residual)};
   return launched(call) ? std::move(call.result) : by_library(in, epilogue);
 }
 

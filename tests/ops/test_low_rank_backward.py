@@ -76,5 +76,8 @@ def test_autograd_reaches_the_kernels():
     (dict(u=torch.ones(8, 5)), "u has rank 5, v has rank 4"), (dict(x=torch.ones(6, 9).double()), "one dtype")])
 def test_mistakes_are_named(wrong, text):
     sizes = dict(dy=torch.ones(6, 8), x=torch.ones(6, 9), h=torch.ones(6, 4), v=torch.ones(4, 9), u=torch.ones(8, 4))
-    with pytest.raises(RuntimeError, match=text):
-        OPS.low_rank_backward(*(t.cuda() for t in (sizes | wrong).values()), 15)
+    given = [t.cuda() for t in (sizes | wrong).values()]
+    with pytest.raises(RuntimeError, match=f"low_rank_backward: .*{text}"):
+        OPS.low_rank_backward(*given, 15)
+    with pytest.raises(RuntimeError, match=f"low_rank_backward_into: .*{text}"):
+        OPS.low_rank_backward_into(*given, None, None, None, True)

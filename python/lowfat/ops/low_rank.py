@@ -70,7 +70,7 @@ def reference_training(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = No
 
 def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, u: Tensor, needs: int):
     """Bit i of needs: gradient i of (dx, dv, du, db) is wanted, else it comes back empty."""
-    check(x, v, u, dy=dy, h=h)
+    check(x, v, u, dy=dy, h=h, op="low_rank_backward")
     m, (n, r), k = prod(x.shape[:-1]), u.shape, v.shape[1]
     dy, rows = dy.reshape(m, n), x.reshape(m, k)
     dx = dv = du = db = None
