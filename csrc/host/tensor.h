@@ -58,7 +58,15 @@ inline Tensor empty(const Kind& kind, const std::vector<int64_t>& sizes) {
   return Tensor(made);
 }
 
-// The same with the shape of `like` but `last` as its last size.
+// Workspace: floats where tensors of this kind are.
+inline Tensor floats(Kind kind, int64_t count) {
+  kind.dtype = aoti_torch_dtype_float32();
+  return empty(kind, {count});
+}
+
+inline float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// As empty, with the shape of `like` but `last` as its last size.
 inline Tensor empty_rows(const Tensor& like, const Kind& kind, int64_t last) {
   const auto like_sizes = like.sizes();
   std::vector<int64_t> sizes(like_sizes.begin(), like_sizes.end());

@@ -86,15 +86,13 @@ struct Destinations {  // null where not wanted
 
 void run(const Who& who, const BackwardPlan& plan, const Sizes& s, const Arguments& in, int64_t needs,
          const Destinations& to, const Gpu& gpu) {
-  Kind floats = s.kind;
-  floats.dtype = aoti_torch_dtype_float32();
   const Tensor dh = needs & kNeedsDh ? empty(s.kind, {s.m, s.r}) : empty(s.kind, {0});
-  const Tensor partials = empty(floats, {plan.partials});
+  const Tensor partials = floats(s.kind, plan.partials);
   BackwardParams p{};
   p.dy = elements(in.dy), p.x = elements(in.x), p.v = elements(in.v), p.u = elements(in.u);
   p.h = in.h ? elements(*in.h) : nullptr;
   p.dh = static_cast<uint16_t*>(dh.mutable_data_ptr());
-  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.partials = float_data(partials);
   p.dx = static_cast<uint16_t*>(to.dx);
   p.dv = to.dv, p.du = to.du, p.db = to.db;
   p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);

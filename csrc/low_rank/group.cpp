@@ -124,18 +124,14 @@ std::vector<Tensor> decode_cuda(const Tensor& x, const Members& in, bool is_swig
   const GroupPlan plan = choose_group(problem, count, operands.n, operands.r, is_swiglu);
   if (plan.token_tiles == 0) return y;
   void* stream = current_cuda_stream(device);
-  const char* error = nullptr;
-  uint64_t* counter = grid_counter(device, stream, plan.grid, error);
-  check_launch(in.op, error, gpu.arch);
+  uint64_t* counter = barrier_counter(in.op, device, stream, plan.grid, gpu.arch);
   if (!counter) return y;
 
   calls.count();
-  Kind floats = s.kind;
-  floats.dtype = aoti_torch_dtype_float32();
-  const Tensor partials = empty(floats, {plan.partials});
+  const Tensor partials = floats(s.kind, plan.partials);
   GroupParams p{};
   p.x = elements(operands.x);
-  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.partials = float_data(partials);
   p.counter = counter;
   p.count = count, p.m = static_cast<int>(s.m), p.k = static_cast<int>(s.k);
   for (size_t i = 0; i < in.count(); ++i) {

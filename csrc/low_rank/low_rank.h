@@ -62,29 +62,9 @@ CpuKernel cpu_kernel_scalar(Dtype dtype);
 CpuKernel cpu_kernel_avx2(Dtype dtype);
 CpuKernel cpu_kernel_avx512(Dtype dtype, int64_t m);
 
-// The decode kernels of a GPU (decode.cu); elements are bf16 or fp16.
-struct DecodeParams {
+// What every kernel of a GPU is given; elements are bf16 or fp16.
+struct KernelOperands {
   const uint16_t* x;         // [m, k], like v and u with 16-byte aligned rows
-  const uint16_t* v;         // [r, k]
-  const uint16_t* u;         // [n, r]
-  const uint16_t* bias;      // [n] or null
-  const uint16_t* residual;  // [m, n] or null
-  Activation activation;
-  float* partials;           // [splits, m, r], workspace
-  uint16_t* h;               // [m, r] or null, where nobody wants it
-  uint16_t* y;               // [m, n]
-  uint64_t* counter;         // of one launch: the barrier's, used by no grid of another size and by none at the same time
-  int m, n, k, r;
-  int splits, tiles, prefetch;  // of the plan
-};
-
-// Returns null, or what CUDA says is wrong. Fills in what comes from the plan.
-const char* launch_decode(const DecodePlan& plan, DecodeParams params, Dtype dtype, void* stream);
-
-// The small-batch kernels, of an sm_90 (small_batch.cu) and of compute capability 8 (small_batch_sm80.cu); elements are bf16
-// or fp16, every row 16-byte aligned.
-struct SmallBatchOperands {
-  const uint16_t* x;         // [m, k]
   const uint16_t* v;         // [r, k]
   const uint16_t* u;         // [n, r]
   const uint16_t* bias;      // [n] or null, at any address
@@ -95,29 +75,35 @@ struct SmallBatchOperands {
   int m, n, k, r;
 };
 
-// Returns null, or what CUDA says is wrong.
+// The decode kernels (decode.cu), which also take no h, where nobody wants it.
+struct DecodeParams : KernelOperands {
+  float* partials;    // [splits, m, r], workspace
+  uint64_t* counter;  // of one launch: the barrier's, used by no grid of another size and by none at the same time
+  int splits, tiles, prefetch;  // of the plan
+};
+
+// Returns null, or what CUDA says is wrong. Fills in what comes from the plan.
+const char* launch_decode(const DecodePlan& plan, DecodeParams params, Dtype dtype, void* stream);
+
+// The small-batch kernels; rows of residual and y are 16-byte aligned too.
+using SmallBatchOperands = KernelOperands;
+
+// Of an sm_90 (small_batch.cu). Returns null, or what CUDA says is wrong.
 const char* launch_small_batch(const SmallBatchPlan& plan, const SmallBatchOperands& operands, Dtype dtype, void* stream);
 
-// The chained kernel of an sm_90 (chain.cu); elements are bf16 or fp16, every row 16-byte aligned.
-struct ChainOperands {
-  const uint16_t* x;         // [m, k]
-  const uint16_t* v;         // [r, k]
-  const uint16_t* u;         // [n, r]
-  const uint16_t* bias;      // [n] or null, at any address
-  const uint16_t* residual;  // [m, n] or null
-  Activation activation;
-  uint16_t* h;               // [m, r], written before it is read
-  uint16_t* y;               // [m, n]
-  float* partials;           // [chain_partials], workspace, 16-byte aligned; null where there are none
-  uint32_t* counters;        // [kChainCounters], zero; zero again when the kernel has ended
-  int m, n, k, r;
+// Of compute capability 8 (small_batch_sm80.cu); the same. partials: as many floats of workspace as the plan says.
+// counter: as of DecodeParams.
+const char* launch_small_batch_sm80(const SmallBatchSm80Plan& plan, const SmallBatchOperands& operands, float* partials,
+                                    uint64_t* counter, Dtype dtype, void* stream);
+
+// The chained kernel of an sm_90 (chain.cu); rows of residual and y are 16-byte aligned too.
+struct ChainOperands : KernelOperands {
+  float* partials;     // [chain_partials], workspace, 16-byte aligned; null where there are none
+  uint32_t* counters;  // [kChainCounters], zero; zero again when the kernel has ended
 };
 
 // Returns null, or what CUDA says is wrong.
 const char* launch_chain(const ChainPlan& plan, const ChainOperands& operands, Dtype dtype, void* stream);
-// partials: as many floats of workspace as the plan says. counter: as of DecodeParams.
-const char* launch_small_batch_sm80(const SmallBatchSm80Plan& plan, const SmallBatchOperands& operands, float* partials,
-                                    uint64_t* counter, Dtype dtype, void* stream);
 
 // What the host side asks of CUDA (gpu.cu).
 struct Gpu {

@@ -32,10 +32,8 @@ struct Call {
   std::optional<Tensor> residual;  // contiguous
 };
 
-// The fields that all of the kernels' structs have.
-template <class Params>
-Params params_of(const Call& c) {
-  Params p{};
+KernelOperands operands_of(const Call& c) {
+  KernelOperands p{};
   p.x = elements(c.in.x), p.v = elements(c.in.v), p.u = elements(c.in.u);
   p.bias = c.in.bias ? elements(*c.in.bias) : nullptr;
   p.residual = c.residual ? elements(*c.residual) : nullptr;
@@ -46,64 +44,52 @@ Params params_of(const Call& c) {
   return p;
 }
 
-Tensor floats(const Call& c, int64_t count) {
-  Kind kind = c.s.kind;
-  kind.dtype = aoti_torch_dtype_float32();
-  return empty(kind, {count});
-}
-
-float* data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 void check(const Call& c, const char* error) { check_launch(c.who.op, error, c.gpu.arch); }
 
-uint64_t* barrier_counter(const Call& c, int grid) {
-  const char* error = nullptr;
-  uint64_t* counter = grid_counter(c.s.kind.device_index, c.stream, grid, error);
-  check(c, error);
-  return counter;
+uint64_t* counter_of(const Call& c, int grid) {
+  return barrier_counter(c.who.op, c.s.kind.device_index, c.stream, grid, c.gpu.arch);
 }
 
 // Each of these is false where no counters are left, and then has done nothing.
 
 bool decode(const Call& c) {
-  auto p = params_of<DecodeParams>(c);
-  if (!(p.counter = barrier_counter(c, c.config.plan.grid))) return false;
+  const DecodePlan& plan = c.config.plan;
+  uint64_t* counter = counter_of(c, plan.grid);
+  if (!counter) return false;
   decode_calls.count();
-  const Tensor partials = floats(c, c.config.plan.splits * c.s.m * c.s.r);
-  p.partials = data(partials);
-  check(c, launch_decode(c.config.plan, p, c.s.dtype, c.stream));
+  const Tensor partials = floats(c.s.kind, plan.splits * c.s.m * c.s.r);
+  const DecodeParams p{operands_of(c), float_data(partials), counter, 0, 0, 0};
+  check(c, launch_decode(plan, p, c.s.dtype, c.stream));
   return true;
 }
 
 bool small_batch(const Call& c) {
   small_batch_calls.count();
-  check(c, launch_small_batch(c.config.batch, params_of<SmallBatchOperands>(c), c.s.dtype, c.stream));
+  check(c, launch_small_batch(c.config.batch, operands_of(c), c.s.dtype, c.stream));
   return true;
 }
 
 bool small_batch_sm80(const Call& c) {
   const SmallBatchSm80Plan& plan = c.config.batch_sm80;
-  uint64_t* counter = barrier_counter(c, plan.grid);
+  uint64_t* counter = counter_of(c, plan.grid);
   if (!counter) return false;
   small_batch_sm80_calls.count();
-  const Tensor partials = floats(c, partials_of(plan, c.s.m, c.s.r));
-  check(c, launch_small_batch_sm80(plan, params_of<SmallBatchOperands>(c), data(partials), counter, c.s.dtype, c.stream));
+  const Tensor partials = floats(c.s.kind, partials_of(plan, c.s.m, c.s.r));
+  check(c, launch_small_batch_sm80(plan, operands_of(c), float_data(partials), counter, c.s.dtype, c.stream));
   return true;
 }
 
 bool chain(const Call& c) {
-  auto p = params_of<ChainOperands>(c);
+  const ChainPlan& plan = c.config.chain;
   const char* error = nullptr;
-  p.counters = chain_counters(c.s.kind.device_index, c.stream, error);
+  uint32_t* counters = chain_counters(c.s.kind.device_index, c.stream, error);
   check(c, error);
-  if (!p.counters) return false;
+  if (!counters) return false;
   chain_calls.count();
   std::optional<Tensor> partials;
-  if (chain_partials(c.config.chain) > 0) {
-    partials = floats(c, chain_partials(c.config.chain));
-    p.partials = data(*partials);
-  }
-  check(c, launch_chain(c.config.chain, p, c.s.dtype, c.stream));
+  if (chain_partials(plan) > 0) partials = floats(c.s.kind, chain_partials(plan));
+  const ChainOperands operands{operands_of(c), partials ? float_data(*partials) : nullptr, counters};
+  check(c, launch_chain(plan, operands, c.s.dtype, c.stream));
   return true;
 }
 
@@ -140,6 +126,13 @@ std::tuple<Tensor, Tensor> low_rank_training_cuda(const Tensor& x, const Tensor&
 }
 
 }  // namespace
+
+uint64_t* barrier_counter(const char* op, int device, void* stream, int grid, int arch) {
+  const char* error = nullptr;
+  uint64_t* counter = grid_counter(device, stream, grid, error);
+  check_launch(op, error, arch);
+  return counter;
+}
 
 Result forward_cuda(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
                     bool keep_h, const Epilogue& epilogue) {

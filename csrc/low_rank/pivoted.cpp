@@ -162,19 +162,15 @@ std::optional<Tensor> decode_cuda(const Sizes& s, const Tensor& x_any, const Ten
       choose_pivoted({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned});
   if (plan.token_tiles == 0) return std::nullopt;
   void* stream = current_cuda_stream(device);
-  const char* error = nullptr;
-  uint64_t* counter = grid_counter(device, stream, plan.grid, error);
-  check_launch(kWho.op, error, gpu.arch);
+  uint64_t* counter = barrier_counter(kWho.op, device, stream, plan.grid, gpu.arch);
   if (!counter) return std::nullopt;
 
   cuda_decode_calls.count();
-  Kind floats = s.kind;
-  floats.dtype = aoti_torch_dtype_float32();
-  const Tensor partials = empty(floats, {plan.splits, s.m, s.r}), y = empty_rows(x, s.kind, s.n);
+  const Tensor partials = floats(s.kind, plan.splits * s.m * s.r), y = empty_rows(x, s.kind, s.n);
   PivotedParams p{};
   p.x = elements(x), p.v = elements(v), p.c = elements(c), p.bias = bias ? elements(*bias) : nullptr;
   p.pivots = static_cast<const int64_t*>(pivots.const_data_ptr());
-  p.partials = static_cast<float*>(partials.mutable_data_ptr());
+  p.partials = float_data(partials);
   p.y = static_cast<uint16_t*>(y.mutable_data_ptr());
   p.counter = counter;
   p.m = static_cast<int>(s.m), p.n = static_cast<int>(s.n), p.k = static_cast<int>(s.k), p.r = static_cast<int>(s.r);

@@ -56,9 +56,9 @@ Outputs run(const Shape& s, const Operands& in, emulator::Options options, int t
   emulator::Buffer<float> partials("partials", chain_partials(plan));
   emulator::Buffer<uint32_t> counters("counters", counters_of(plan));
   std::fill_n(counters.data(), counters.size(), 0);
-  const ChainOperands operands{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr,
-                               s.has_residual ? residual.data() : nullptr, s.activation, h.data(), y.data(),
-                               partials.data(), counters.data(), s.m, s.n, s.k, s.r};
+  const ChainOperands operands{{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr,
+                                s.has_residual ? residual.data() : nullptr, s.activation, h.data(), y.data(),
+                                s.m, s.n, s.k, s.r}, partials.data(), counters.data()};
   const Dtype dtype = std::is_same<T, device::Bf16>::value ? Dtype::bfloat16 : Dtype::float16;
   for (int i = 0; i < times; ++i) {
     const char* error = launch_chain(plan, operands, dtype, nullptr);

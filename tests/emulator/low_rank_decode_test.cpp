@@ -61,10 +61,9 @@ Outputs run(const Shape& s, const Operands& in, bool is_two_launches, emulator::
   Outputs out;
   for (int i = 0; i < times; ++i) {
     y.poison(), h.poison(), partials.poison();
-    DecodeParams p{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr,
-                   ending.residual.empty() ? nullptr : residual.data(), ending.activation, partials.data(),
-                   s.wants_h ? h.data() : nullptr, y.data(), is_two_launches ? nullptr : counter.data(),
-                   s.m, s.n, s.k, s.r, 0, 0, 0};
+    DecodeParams p{{x.data(), v.data(), u.data(), s.has_bias ? bias.data() : nullptr,
+                    ending.residual.empty() ? nullptr : residual.data(), ending.activation, s.wants_h ? h.data() : nullptr,
+                    y.data(), s.m, s.n, s.k, s.r}, partials.data(), is_two_launches ? nullptr : counter.data(), 0, 0, 0};
     const Dtype dtype = std::is_same<T, device::Bf16>::value ? Dtype::bfloat16 : Dtype::float16;
     check::that(launch_decode(plan, p, dtype, nullptr) == nullptr, "the launch");
     emulator::synchronize(options);
