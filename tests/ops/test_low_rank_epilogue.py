@@ -6,6 +6,7 @@ import torch
 import torch._dynamo.testing
 
 import gates
+from lowfat import _native
 from lowfat.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from lowfat.ops import low_rank
 from lowfat.ops.low_rank import ACTIVATIONS, reference_epilogue
@@ -62,6 +63,23 @@ def test_any_layout_of_the_residual_gives_the_same_bits():
         assert torch.equal(public(x, v, u, bias, "silu", gates.laid_out(residual, layout)), expected)
     row = residual[:1].expand(6, 24)
     assert torch.equal(public(x, v, u, bias, "silu", row), public(x, v, u, bias, "silu", row.contiguous()))
+
+
+@pytest.mark.skipif(_native.library_path is None, reason="no compiled library")
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_path_of_each_layout_of_the_residual(device):
+    """T-dispatch-record: off 16 bytes the kernel of a GPU cannot read it. Whole numbers: exact on every path."""
+    def paths():
+        return {path: _native.calls("low_rank", device, path) for path in ("decode", "library")}
+
+    x, v, u, bias = (t.to(device) for t in gates.whole_inputs(6, 40, 8, 24, torch.bfloat16))
+    residual = torch.arange(6 * 24, device=device).view(6, 24).bfloat16() - 72
+    exact = gates.chain(x, v.T, u.T, bias=bias).y64.relu() + residual.double()
+    assert exact.abs().max() <= 256  # in bf16
+    for layout in gates.LAYOUTS:
+        path, before = "library" if (device, layout) == ("cuda", "offset") else "decode", paths()
+        assert gates.exact_gate(public(x, v, u, bias, "relu", gates.laid_out(residual, layout)), exact)
+        assert paths() == before | {path: before[path] + 1}, layout
 
 
 def test_the_residual_may_be_x():

@@ -109,6 +109,32 @@ def test_batch_dimensions_and_layouts_give_the_same_bits():
         assert torch.equal(low_rank_pivoted(*moved[:3], wide[1::2], moved[3]), y)
 
 
+@pytest.mark.skipif(_native.library_path is None, reason="no compiled library")
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_path_of_each_layout(device):
+    """T-dispatch-record: what a GPU's kernel cannot read 16 bytes at a time the library takes, pivots too. Whole numbers:
+    exact on every path."""
+    def paths():
+        return {path: _native.calls("low_rank_pivoted", device, path) for path in ("decode", "library")}
+
+    r, n = 8, 24
+    x, v, c, _ = gates.whole_inputs(6, 40, r, n - r, torch.bfloat16)
+    bias, pivots = torch.arange(-n // 2, n // 2).bfloat16(), some_pivots(r, n)
+    u = torch.zeros(n, r, dtype=torch.bfloat16)
+    u[pivots], u[others(pivots, n)] = torch.eye(r, dtype=torch.bfloat16), c
+    exact = gates.chain(x, v.T, u.T, bias=bias).y64
+    assert exact.abs().max() <= 256  # in bf16
+    x, v, c, pivots, bias = (t.to(device) for t in (x, v, c, pivots, bias))
+    apart, off = torch.stack([pivots, -pivots], dim=1)[:, 0], torch.cat([pivots[:1], pivots])[1:]
+    cases = [("decode", "contiguous", pivots), ("decode", "transposed", pivots), ("decode", "strided", apart),
+             ("library", "offset", pivots), ("library", "contiguous", off)]
+    for path, layout, places in cases:
+        path, before = path if device == "cuda" else "decode", paths()
+        factors = (gates.laid_out(t, layout) for t in (x, v, c))
+        assert gates.exact_gate(low_rank_pivoted(*factors, places, gates.laid_out(bias, "offset")).cpu(), exact)
+        assert paths() == before | {path: before[path] + 1}, (layout, places.storage_offset())
+
+
 @pytest.mark.parametrize("call", [low_rank_pivoted, OPS.low_rank_pivoted, reference], ids=["function", "op", "reference"])
 def test_gradcheck_and_second_derivatives(call):
     x, v, c, pivots, bias = operands(4, 5, 3, 7, torch.float64)
