@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/product.h"
 #include "low_rank/backward.h"
 
 namespace low_rank {
@@ -12,6 +13,7 @@ namespace {
 constexpr int64_t kTaskBytes = 256 << 10;    // of weights: below, handing a task to a thread costs more than it saves
 constexpr int64_t kThreadedBytes = 1 << 20;  // of both factors: below, one thread is done before others have woken up
 constexpr int64_t kRowTile = 4;
+static_assert(kDecodeRows <= cpu::kMostTokens);
 
 int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 

@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <array>
-#include <memory>
-#include <new>
 #include <string>
 #include <tuple>
 
+#include "cpu/lines.h"
+#include "cpu/product.h"
 #include "host/call_counter.h"
 #include "host/tensor.h"
 #include "low_rank/forward.h"
@@ -21,27 +21,11 @@ CallCounter decode_calls("low_rank", "cpu", "decode"), library_calls("low_rank",
 
 constexpr std::array<const char*, 5> kActivations{"none", "relu", "gelu", "gelu_tanh", "silu"};  // in their order
 
-CpuKernel cpu_kernel([[maybe_unused]] CpuLevel level, Dtype dtype, [[maybe_unused]] int64_t m) {
-#ifdef LOWFAT_X86
-  if (level == CpuLevel::avx512_bf16) return cpu_kernel_avx512(dtype, m);
-  if (level == CpuLevel::avx2_fma) return cpu_kernel_avx2(dtype);
-#endif
-  return cpu_kernel_scalar(dtype);
-}
-
-// Memory that starts at a cache line: vectors of a packed x that cross lines cost a tenth of the time at m = 8 and more.
-struct FreeLines {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-using Lines = std::unique_ptr<void, FreeLines>;
-
-Lines new_lines(int64_t bytes) { return Lines(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})); }
-
-void multiply(const CpuKernel& kernel, Product product, int64_t grain) {
-  Lines prepared;
+void multiply(const cpu::Kernel& kernel, cpu::Product product, int64_t grain) {
+  cpu::Lines prepared;
   if (const int64_t bytes = kernel.prepared_bytes(product.m, product.depth)) {
-    prepared = new_lines(bytes);
-    kernel.prepare(product.x, prepared.get(), product.m, product.depth);
+    prepared = cpu::new_lines(bytes);
+    kernel.prepare(product, prepared.get());
     product.x = prepared.get();
   }
   const int64_t tiles = (product.rows + kernel.row_tile - 1) / kernel.row_tile;
@@ -49,12 +33,12 @@ void multiply(const CpuKernel& kernel, Product product, int64_t grain) {
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) { kernel.multiply(product, first, last); });
 }
 
-Product first(const Operands& in, const Sizes& s, void* h) {
-  return {in.x.const_data_ptr(), in.v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, in.u.const_data_ptr()};
+cpu::Product first(const Operands& in, const Sizes& s, void* h) {
+  return {in.x.const_data_ptr(), in.v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, s.k, s.r, in.u.const_data_ptr()};
 }
 
-Product second(const Operands& in, const Sizes& s, const void* h, void* y) {
-  return {h, in.u.const_data_ptr(), in.bias ? in.bias->const_data_ptr() : nullptr, y, s.m, s.r, s.n, nullptr};
+cpu::Product second(const Operands& in, const Sizes& s, const void* h, void* y) {
+  return {h, in.u.const_data_ptr(), in.bias ? in.bias->const_data_ptr() : nullptr, y, s.m, s.r, s.n, s.r, s.n, nullptr};
 }
 
 Result product_cpu(const Sizes& s, const Operands& in, bool keep_h) {
@@ -68,10 +52,10 @@ Result product_cpu(const Sizes& s, const Operands& in, bool keep_h) {
   if (config.path == Path::empty) return result;
 
   decode_calls.count();
-  Lines h_inside;
-  if (!keep_h) h_inside = new_lines(s.m * s.r * 4);
+  cpu::Lines h_inside;
+  if (!keep_h) h_inside = cpu::new_lines(s.m * s.r * 4);
   void* h = keep_h ? result.h->mutable_data_ptr() : h_inside.get();
-  const CpuKernel kernel = cpu_kernel(cpu_level(), s.dtype, s.m);
+  const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, s.m);
   multiply(kernel, first(in, s, h), config.first_grain);
   multiply(kernel, second(in, s, h, result.y.mutable_data_ptr()), config.second_grain);
   return result;

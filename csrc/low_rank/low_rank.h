@@ -39,29 +39,6 @@ inline int shared_memory_of(int arch) {
   return arch > 80 && arch < 90 ? 99 << 10 : 0;
 }
 
-// One product of the chain: y = x w^T + bias, rounded once.
-struct Product {
-  const void* x;     // [m, depth]; on the CPU prepared
-  const void* w;     // [rows, depth]
-  const void* bias;  // [rows] or null
-  void* y;           // [m, rows]
-  int64_t m, depth, rows;
-  const void* then;  // CPU: what is read after w, prefetched towards the end of it; or null
-};
-
-// One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone,
-// so the bits are the same however the row tiles are split among threads.
-struct CpuKernel {
-  int64_t row_tile;
-  int64_t (*prepared_bytes)(int64_t m, int64_t depth);                          // 0: x is used as it is
-  void (*prepare)(const void* x, void* prepared, int64_t m, int64_t depth);     // x converted once, not once per weight
-  void (*multiply)(const Product& product, int64_t first_tile, int64_t last_tile);
-};
-
-CpuKernel cpu_kernel_scalar(Dtype dtype);
-CpuKernel cpu_kernel_avx2(Dtype dtype);
-CpuKernel cpu_kernel_avx512(Dtype dtype, int64_t m);
-
 // What every kernel of a GPU is given; elements are bf16 or fp16.
 struct KernelOperands {
   const uint16_t* x;         // [m, k], like v and u with 16-byte aligned rows

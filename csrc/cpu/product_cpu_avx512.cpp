@@ -6,9 +6,9 @@
 // torch's bf16 matmul does there.
 #include <immintrin.h>
 
-#include "low_rank/store_x86.h"
+#include "cpu/store_x86.h"
 
-namespace low_rank {
+namespace cpu {
 namespace {
 
 struct Avx512 : FourSums {
@@ -147,9 +147,9 @@ struct Avx512Bf16Wide : Bf16Weights, Packed<Avx512Bf16Wide, 32> {
 
 }  // namespace
 
-CpuKernel cpu_kernel_avx512(Dtype dtype, int64_t m) {
+Kernel kernel_avx512(Dtype dtype, int64_t m) {
   if (dtype == Dtype::float32) return kernel_of<Avx512Float>();
   return m <= 2 ? kernel_of<Avx512Bf16Pairs>() : kernel_of<Avx512Bf16Wide>();
 }
 
-}  // namespace low_rank
+}  // namespace cpu

@@ -1,9 +1,9 @@
 // Decode with AVX2 and FMA: 8 floats at a time; bf16 becomes float by a shift or a mask, 8 even and 8 odd numbers of 16.
 #include <immintrin.h>
 
-#include "low_rank/store_x86.h"
+#include "cpu/store_x86.h"
 
-namespace low_rank {
+namespace cpu {
 namespace {
 
 // 8 sums, 4 weights and one x of the 16 registers.
@@ -62,6 +62,6 @@ struct Avx2Bf16 : Avx2, Packed<Avx2Bf16, 16> {
 
 }  // namespace
 
-CpuKernel cpu_kernel_avx2(Dtype dtype) { return dtype == Dtype::float32 ? kernel_of<Avx2Float>() : kernel_of<Avx2Bf16>(); }
+Kernel kernel_avx2(Dtype dtype) { return dtype == Dtype::float32 ? kernel_of<Avx2Float>() : kernel_of<Avx2Bf16>(); }
 
-}  // namespace low_rank
+}  // namespace cpu

@@ -1,8 +1,8 @@
 // Decode for any CPU: no instruction beyond the compiler's baseline (SSE2 or NEON through the compiler's own 4-wide
 // vectors).
-#include "low_rank/decode_cpu.h"
+#include "cpu/multiply.h"
 
-namespace low_rank {
+namespace cpu {
 namespace {
 
 typedef float Float4 __attribute__((vector_size(16)));
@@ -63,8 +63,8 @@ struct Scalar : Packed<Scalar<Element>, 4> {
 
 }  // namespace
 
-CpuKernel cpu_kernel_scalar(Dtype dtype) {
+Kernel kernel_scalar(Dtype dtype) {
   return dtype == Dtype::float32 ? kernel_of<Scalar<float>>() : kernel_of<Scalar<uint16_t>>();
 }
 
-}  // namespace low_rank
+}  // namespace cpu

@@ -1,6 +1,6 @@
 // The CPU decode product, written once over a vector type: y = x w^T + bias for a handful of rows of x.
 //
-// Included by every low_rank_cpu_<isa>.cpp, which defines the vector types V. Everything is in the anonymous namespace and
+// Included by every product_cpu_<isa>.cpp, which defines the vector types V. Everything is in the anonymous namespace and
 // nothing of the standard library is instantiated: a function shared between the files could be linked in its AVX-512
 // version and run on a CPU without it.
 //
@@ -15,9 +15,9 @@
 
 #include <cstdint>
 
-#include "low_rank/low_rank.h"
+#include "cpu/product.h"
 
-namespace low_rank {
+namespace cpu {
 namespace {
 
 constexpr int64_t kChunk = 512;         // 32 KB of x at m = 16
@@ -88,18 +88,20 @@ template <class V, int kStep>
 struct Packed {
   using Input = float;
 
-  static int64_t x_stride(int64_t depth) { return depth < kChunk ? (depth + kStep - 1) / kStep * kStep : kChunk; }
+  static int64_t padded(int64_t depth) { return depth < kChunk ? (depth + kStep - 1) / kStep * kStep : kChunk; }
+  static int64_t x_stride(const Product& product) { return padded(product.depth); }
   static int64_t x_at(const Product& product, int64_t chunk, int64_t token) {
-    return (chunk * product.m + token) * x_stride(product.depth);
+    return (chunk * product.m + token) * x_stride(product);
   }
-  static int64_t prepared_bytes(int64_t m, int64_t depth) { return (depth + kChunk - 1) / kChunk * m * x_stride(depth) * 4; }
+  static int64_t prepared_bytes(int64_t m, int64_t depth) { return (depth + kChunk - 1) / kChunk * m * padded(depth) * 4; }
 
-  static void prepare(const void* x, void* prepared, int64_t m, int64_t depth) {
+  static void prepare(const Product& product, void* prepared) {
     auto* to = static_cast<float*>(prepared);
+    const int64_t depth = product.depth;
     for (int64_t first_d = 0; first_d < depth; first_d += kChunk) {
       const int64_t last_d = depth - first_d < kChunk ? depth : first_d + kChunk;
-      for (int64_t row = 0; row < m; ++row, to += x_stride(depth)) {
-        const auto* from = static_cast<const typename V::Weight*>(x) + row * depth;
+      for (int64_t row = 0; row < product.m; ++row, to += padded(depth)) {
+        const auto* from = static_cast<const typename V::Weight*>(product.x) + row * product.x_row;
         for (int64_t d = first_d; d < last_d; d += kStep) {
           const auto wide = last_d - d >= kStep ? V::load(from + d) : V::load_tail(from + d, last_d - d);
           for (int part = 0; part < V::kParts; ++part)
@@ -114,19 +116,19 @@ struct Packed {
 template <class Element>
 struct Unprepared {
   using Input = Element;
-  static int64_t x_stride(int64_t depth) { return depth; }
+  static int64_t x_stride(const Product& product) { return product.x_row; }
   static int64_t x_at(const Product& product, int64_t chunk, int64_t token) {
-    return token * product.depth + chunk * kChunk;
+    return token * product.x_row + chunk * kChunk;
   }
   static int64_t prepared_bytes(int64_t, int64_t) { return 0; }
-  static void prepare(const void*, void*, int64_t, int64_t) {}
+  static void prepare(const Product&, void*) {}
 };
 
 // One chunk of one group: what is read, and where the sums go.
 struct Step {
   int64_t first_row, last_row;
   int64_t chunk, first_d, last_d;
-  float* partial;           // [tiles, kDecodeRows, V::kRows]: the group's sums over earlier chunks
+  float* partial;           // [tiles, kMostTokens, V::kRows]: the group's sums over earlier chunks
   float* widened;           // scratch: the group's chunk as floats, in the order of use, for every pass after the first
   uintptr_t ahead;          // what this step asks for: as many rows
   int64_t ahead_row_bytes;
@@ -187,7 +189,7 @@ __attribute__((always_inline)) inline typename V::Wide load_wide(const typename 
 template <class V, int kTokens, int kAhead, Widen kWiden>
 __attribute__((noinline)) void multiply_group(const Product& product, const Step& step, int64_t token, int64_t ahead_row) {
   using Weight = typename V::Weight;
-  const int64_t depth = product.depth, x_stride = V::x_stride(depth);
+  const int64_t depth = product.depth, x_stride = V::x_stride(product);
   const int64_t count = step.last_d - step.first_d;
   const auto* x = static_cast<const typename V::Input*>(product.x) + V::x_at(product, step.chunk, token);
   const auto* all_w = static_cast<const Weight*>(product.w);
@@ -219,10 +221,10 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
       add_part<V, kTokens, 0>(sums, wide, x + d, x_stride, count - d);
     }
 
-    float* partial = step.partial + (row - step.first_row) * kDecodeRows + token * V::kRows;
-    auto* y = static_cast<Weight*>(product.y) + token * product.rows + row;
-    const Weight* tile_bias = bias ? bias + row : nullptr;
-    finish<V, kTokens, 0>(sums, is_first ? nullptr : partial, is_last ? nullptr : partial, y, product.rows, tile_bias, here);
+    float* partial = step.partial + (row - step.first_row) * kMostTokens + token * V::kRows;
+    auto* y = static_cast<Weight*>(product.y) + token * product.y_row + row;
+    finish<V, kTokens, 0>(sums, is_first ? nullptr : partial, is_last ? nullptr : partial, y, product.y_row,
+                          bias ? bias + row : nullptr, here);
   }
 }
 
@@ -245,7 +247,7 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
   constexpr Widen kFirst = V::kParts > 1 ? Widen::keep : Widen::forget;
   constexpr Widen kLater = V::kParts > 1 ? Widen::reuse : Widen::forget;
   alignas(64) float widened[V::kParts > 1 ? Steps<V>::kMaxGroupNumbers : 1];
-  alignas(64) float partial[kDecodeRows * Steps<V>::kMaxBlockRows];
+  alignas(64) float partial[kMostTokens * Steps<V>::kMaxBlockRows];
   Ahead<V> ahead(product, steps, first_tile * V::kRows);
 
   for (int64_t block = first_tile * V::kRows; block < last_row; block += block_rows) {
@@ -254,7 +256,7 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
       for (int64_t row = block; row < block_end; row += steps.group_rows, ahead.advance()) {
         const int64_t group_end = row + steps.group_rows < block_end ? row + steps.group_rows : block_end;
         const int64_t last_d = chunk + 1 < steps.chunks ? (chunk + 1) * steps.chunk : product.depth;
-        const Step step{row, group_end, chunk, chunk * steps.chunk, last_d, partial + (row - block) * kDecodeRows, widened,
+        const Step step{row, group_end, chunk, chunk * steps.chunk, last_d, partial + (row - block) * kMostTokens, widened,
                         ahead.address(), ahead.row_bytes()};
         if (passes == 1) {
           multiply_tokens<V, V::kRows, Widen::forget>(product, step, 0, product.m, 0);
@@ -276,7 +278,7 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
 }
 
 template <class V>
-CpuKernel kernel_of() {
+Kernel kernel_of() {
   return {V::kRows, &V::prepared_bytes, &V::prepare, &multiply<V>};
 }
 
@@ -299,4 +301,4 @@ inline void store_one(float* y, float sum, const float* bias) { *y = bias ? sum 
 inline void store_one(uint16_t* y, float sum, const uint16_t* bias) { *y = round_to_bf16(bias ? sum + widen(*bias) : sum); }
 
 }  // namespace
-}  // namespace low_rank
+}  // namespace cpu

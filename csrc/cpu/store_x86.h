@@ -3,9 +3,9 @@
 
 #include <immintrin.h>
 
-#include "low_rank/decode_cpu.h"
+#include "cpu/multiply.h"
 
-namespace low_rank {
+namespace cpu {
 namespace {
 
 // Rounding in integers, not by vcvtneps2bf16: that instruction flushes subnormal results, which y and h may hold.
@@ -44,4 +44,4 @@ struct FourSums {
 };
 
 }  // namespace
-}  // namespace low_rank
+}  // namespace cpu

@@ -1,0 +1,39 @@
+// The product that decode on a CPU is made of, y = x w^T + bias for a handful of rows of x, and who computes it.
+#pragma once
+
+#include <cstdint>
+
+#include "host/op_table.h"
+
+namespace cpu {
+
+constexpr int64_t kMostTokens = 16;  // rows of x; with more, a library's product is as good
+
+// One product, rounded once.
+struct Product {
+  const void* x;     // [m, depth], a row every x_row elements, or prepared
+  const void* w;     // [rows, depth]
+  const void* bias;  // [rows] or null
+  void* y;           // [m, rows], a row every y_row elements
+  int64_t m, depth, rows;
+  int64_t x_row, y_row;
+  const void* then;  // what is read after w, prefetched towards the end of it; or null
+};
+
+// One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone,
+// so the bits are the same however the row tiles are split among threads.
+struct Kernel {
+  int64_t row_tile;  // rows of w that share one load of x
+  int64_t (*prepared_bytes)(int64_t m, int64_t depth);         // 0: x is used as it is
+  void (*prepare)(const Product& product, void* prepared);     // x converted once, not once per weight
+  void (*multiply)(const Product& product, int64_t first_tile, int64_t last_tile);
+};
+
+// float32 or bfloat16, m up to kMostTokens.
+Kernel kernel(CpuLevel level, Dtype dtype, int64_t m);
+
+Kernel kernel_scalar(Dtype dtype);
+Kernel kernel_avx2(Dtype dtype);
+Kernel kernel_avx512(Dtype dtype, int64_t m);
+
+}  // namespace cpu
