@@ -22,6 +22,7 @@ struct Problem {
   int arch = 90, sm_count = 132;      // device cuda: 80 for compute capability 8.0; multiprocessors
   bool is_aligned = true;             // device cuda: operands start at multiples of 16 bytes
   int members = 1;                    // of a group, all with these sizes
+  int64_t b_in = 1, b_out = 1;        // blocks of k and of n; r is then the rank of a block
 };
 
 using Described = std::vector<std::pair<std::string, std::variant<int64_t, std::string>>>;  // a configuration, printable

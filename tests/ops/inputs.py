@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 import gates
 from lowfat.errors import DeviceError, DtypeError, LowfatError, ShapeError, UnsupportedError
 from lowfat.ops import low_rank as public_low_rank
-from lowfat.ops import low_rank_group, low_rank_pivoted, low_rank_swiglu
+from lowfat.ops import low_rank_group, low_rank_pivoted, low_rank_swiglu, monarch
 
 EDGES = (1, 2, 3, 5, 7, 15, 16, 17, 31, 32, 33, 63, 65, 127, 129)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,6 +74,15 @@ CALLERS = {
     "torch.ops.lowfat.low_rank_pivoted": Caller(lambda *args: through_pivoted(torch.ops.lowfat.low_rank_pivoted, *args),
                                                 named=False, words=(": c ", ": u "),
                                                 framework=lambda *args: product_and_bias(*args), gradient_is_ours=False),
+    "monarch": Caller(lambda *args: through_monarch(public_monarch, *args), named=False, words=("monarch", "low_rank")),
+    "torch.ops.lowfat.monarch": Caller(lambda *args: through_monarch(torch.ops.lowfat.monarch, *args), named=False,
+                                       words=("monarch", "low_rank")),
+    "torch.ops.lowfat.monarch_training": Caller(
+        lambda *args: through_monarch(lambda *a: torch.ops.lowfat.monarch_training(*a)[0], *args), named=False,
+        words=("monarch", "low_rank")),
+    "torch.ops.lowfat.monarch_backward": Caller(lambda *args: through_backward(*args, op=monarch_gradients), named=False,
+                                                words=("monarch", "low_rank"),
+                                                framework=lambda *args: product_and_bias(*args)),
 }
 
 
@@ -113,7 +122,24 @@ def through_pivoted(op, x, v, u, bias=None):
     return op(x, v, u, pivots, bias).index_select(-1, rest)
 
 
-def through_backward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, into: bool = False) -> Tensor:
+def through_monarch(op, x, v, u, bias=None):
+    """One block, which is all of the matrix."""
+    if not isinstance(v, Tensor) or not isinstance(u, Tensor) or not u.dim():
+        return op(x, v, u, bias, 1, True)
+    return op(x, v[None], u[None], bias, u.shape[0], True)
+
+
+def public_monarch(x, v, u, bias, n, interleave):
+    return monarch(x, v, u, bias, out_features=n, interleave=interleave)
+
+
+def monarch_gradients(dy, x, h, v, u, needs):
+    """Those of one block."""
+    return torch.ops.lowfat.monarch_backward(dy, x, h, v[None], u[None], needs, dy.shape[-1] if dy.dim() else 1, True)
+
+
+def through_backward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, into: bool = False,
+                     op: Callable = torch.ops.lowfat.low_rank_backward) -> Tensor:
     """The backward op seen as a forward: the gradient of x for u -> v^T, v -> u^T is x v^T u^T."""
     for name, t in (("x", x), ("v", v), ("u", u)):
         if not isinstance(t, Tensor):
@@ -124,7 +150,7 @@ def through_backward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None
         with torch.no_grad():
             dx = torch.ops.lowfat.low_rank_backward_into(*given, None, None, None, True)
     else:
-        dx, *_ = torch.ops.lowfat.low_rank_backward(*given, 1)
+        dx, *_ = op(*given, 1)
     return dx if bias is None else dx + bias
 
 

@@ -73,7 +73,7 @@ def join_inputs(x: Tensor, k: int) -> Tensor:
 def to_middle(z: Tensor, b_out: int) -> Tensor:
     """[b_in, m, r b_out] -> [b_out, m, b_in r]"""
     b_in, m, q = z.shape
-    return z.view(b_in, m, q // b_out, b_out).permute(3, 1, 0, 2).reshape(b_out, m, b_in * (q // b_out))
+    return z.view(b_in, m, q // b_out, b_out).permute(3, 1, 0, 2).reshape(b_out, m, b_in * (q // b_out)).contiguous()
 
 
 def from_middle(h: Tensor, b_in: int) -> Tensor:
