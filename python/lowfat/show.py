@@ -168,6 +168,8 @@ def show_spectra(found: list, left_out: dict[str, str], model, plot: Path | None
 
 def show_bench(found: dict) -> None:
     """A table of the calls, on a GPU also one of the chains."""
+    from .bench.race import name_of
+
     about, ceilings, rows = found["header"], found["ceilings"], found["rows"]
     kernels = sorted({row["ran"] for row in rows} - {"library", "reference"})
     out.print(f"{about.get('gpu') or about['cpu']}, {about['threads']} thread(s), load {about['load'][0]}; "
@@ -175,7 +177,7 @@ def show_bench(found: dict) -> None:
     if ceilings:
         out.print(f"The floor: {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, as a copy reaches, and "
                   f"{ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s, as a large product does")
-    _show_race(rows, f"{about['op']}, {rows[0]['dtype']}: microseconds of a call, weights from memory")
+    _show_race(rows, f"{name_of(about)}, {rows[0]['dtype']}: microseconds of a call, weights from memory")
     if found["chains"]:
         _show_race(found["chains"], f"The same of one layer in a chain of {found['chains'][0]['layers']}")
 

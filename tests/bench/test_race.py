@@ -122,11 +122,15 @@ def test_the_command_shows_and_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["high_rank"], "op must be one of low_rank, low_rank_group, low_rank_swiglu, low_rank_backward; found 'high_rank'"),
+    (["high_rank"], "op must be one of low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch; found "
+     "'high_rank'"),
     (["low_rank", "--shapes", "llama-8c"], "neither one of llama-8b, bert-base, minilm nor sizes k:n:r"),
     (["low_rank", "--shapes", "64:96"], "'64:96' is neither"),
     (["low_rank", "--shapes", "64:96:65"], "rank must be between 1 and 64 for 64 -> 96; found 65"),
     (["low_rank", "--rank", "0"], "rank must be between 1 and 384"),
+    (["low_rank", "--blocks", "4"], "blocks: low_rank has none"),
+    (["monarch", "--blocks", "0"], "blocks must be at least 1; found 0"),
+    (["monarch", "--shapes", "64:96:17"], "rank must be between 1 and 16 for 64 -> 96; found 17"),
     (["low_rank", "--ratio", "1"], "ratio must be between 0 and 1"),
     (["low_rank", "--rows", "1,two"], "rows must be whole numbers"),
     (["low_rank", "--rows", "0"], "rows must be between 1 and 65536"),
@@ -175,6 +179,20 @@ def test_work_counts_every_number_once(op):
     y = timing.outputs_of(ours.call(*ours.operands(timing.Pool(torch.bfloat16, raced.SCALE).next(ours.count))))
     inputs = 40 * (96 + 16) if op == "low_rank_backward" else 0  # dy and h
     assert raced.work(layer, 40)[0] == x.numel() + inputs + ours.count + sum(one.numel() for one in y)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_blocks_are_part_of_the_question(blocks):
+    """Sizes that they do not divide among them; the rank that a ratio gives is shared."""
+    from lowfat import _native
+
+    found = race.race("monarch", shapes="64:90:5", rows="2,40", blocks=blocks, device=CPU, seconds=0.01)
+    assert found["header"]["blocks"] == blocks and not race.failures(found)
+    if _native.kernels():
+        assert [row["ran"] for row in found["rows"]] == [f"kernel ({_native.cpu_level()})", "library"]
+    weights = -(-64 // blocks) * 5 * blocks**2 + -(-90 // blocks) * 5 * blocks**2
+    assert all(row["gb_per_s"] == pytest.approx(2 * weights / row["us"] / 1e3) for row in found["rows"])
+    assert [layer.r for layer in layers("bert-base", blocks=blocks)] == [r // blocks for r in (192, 304, 304)]
 
 
 # ------------------------------------------------------------------------------------------------ shapes

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 import gates
+from lowfat.bench.monarch import known
 from lowfat.errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 from lowfat.ops import monarch
-from lowfat.ops.monarch import (from_middle, join_inputs, join_outputs, reference, reference_backward, reference_training,
+from lowfat.ops.monarch import (from_middle, join_inputs, reference, reference_backward, reference_training,
                                 split_inputs, split_outputs, to_middle)
 
 OPS = torch.ops.lowfat
@@ -28,16 +29,6 @@ def whole(m, k, n, b_in, b_out, r, dtype, device="cpu"):
     p, s = -(-k // b_in), -(-n // b_out)
     v, u = ((torch.randint(-1, 2, shape) * (torch.rand(shape) < 0.2)) for shape in ((b_in, b_out * r, p), (b_out, s, b_in * r)))
     return tuple(t.to(device, dtype) for t in (torch.randint(-1, 2, (m, k)), v, u, torch.randint(-9, 10, (n,))))
-
-
-def known(x, v, u, bias, n, interleave):
-    """What the gates need: the rounded middle enters as it does in low_rank, block by block."""
-    x, v, u = (t.double() for t in (x, v, u))
-    bias = None if bias is None else bias.double()
-    y, h = reference_training(x, v, u, bias, n, interleave)
-    magnitude = reference(x.abs(), v.abs(), u.abs(), None if bias is None else bias.abs(), n, interleave)
-    mid = join_outputs(torch.bmm(h.square(), u.square().mT).sqrt(), n, interleave)
-    return gates.Chain(y, [mid], magnitude, v.shape[2] + u.shape[2], h.numel())
 
 
 def known_gradients(dy, x, v, u, n, interleave):

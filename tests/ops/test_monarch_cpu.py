@@ -14,8 +14,9 @@ import torch
 
 import gates
 from lowfat import _native
+from lowfat.bench.monarch import known
 from lowfat.ops import monarch
-from lowfat.ops.monarch import join_outputs, reference, reference_training
+from lowfat.ops.monarch import reference, reference_training
 
 OPS = torch.ops.lowfat
 LEVELS = _native.kernels().get("monarch", {}).get("cpu", [])
@@ -42,14 +43,6 @@ def whole(m, k, n, b_in, b_out, r, dtype):
     x, bias = x.sign(), (3 * bias).round()
     v, u = (t.sign() * (torch.rand_like(t) < min(1, 16 / max(1, t.shape[2]))) for t in (v, u))
     return tuple(t.to(dtype) for t in (x, v, u, bias))
-
-
-def known(x, v, u, bias, n, interleave):
-    x, v, u, bias = (t.double() for t in (x, v, u, bias))
-    y, h = reference_training(x, v, u, bias, n, interleave)
-    magnitude = reference(x.abs(), v.abs(), u.abs(), bias.abs(), n, interleave)
-    mid = join_outputs(torch.bmm(h.square(), u.square().mT).sqrt(), n, interleave)
-    return gates.Chain(y, [mid], magnitude, v.shape[2] + u.shape[2], h.numel())
 
 
 def counted(call):

@@ -1,5 +1,6 @@
 """`lowfat bench`: an op on the layers of some models at some batch sizes; what was found, as plain JSON and a picture."""
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,31 +8,36 @@ import torch
 from ..errors import ArgumentError
 from . import graphs, low_rank, low_rank_backward, low_rank_group, low_rank_swiglu
 from .measure import measure
+from .monarch import Monarch
 from .shapes import Layer, layers
 from .timing import Pool, header
 
-# modules as measure.py wants them; chains are for those that have measure_chain
-OPS = {raced.OP: raced for raced in (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward)}
+# modules as measure.py wants them, or objects that have the same; chains are for those that have measure_chain
+OPS = {raced.OP: raced for raced in (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, Monarch())}
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_ROWS = 1 << 16
 
 
 @torch.no_grad()
 def race(op: str, *, shapes: str, rows: str, dtype: str = "bfloat16", device: torch.device, ratio: float = 0.5,
-         rank: int | None = None, seconds: float = 0.5, compiled: bool = False,
+         rank: int | None = None, blocks: int | None = None, seconds: float = 0.5, compiled: bool = False,
          on_progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> dict:
     """{"header", "ceilings", "rows", "chains"} of the race; ceilings and chains only on a GPU.
 
-    Raises ArgumentError for an op, a shape, a count of rows or a dtype that there is not."""
+    blocks: of an op that has them; the rank is then that of a block.
+    Raises ArgumentError for an op, a shape, a count of rows or of blocks, or a dtype that there is not."""
     if op not in OPS:
         raise ArgumentError(f"op must be one of {', '.join(OPS)}; found {op!r}")
     if dtype not in DTYPES:
         raise ArgumentError(f"dtype must be one of {', '.join(DTYPES)}; found {dtype!r}")
     if not 0 < seconds <= 3600:
         raise ArgumentError(f"seconds must be between 0 and 3600; found {seconds}")
-    raced, found_layers, counts = OPS[op], layers(shapes, ratio=ratio, rank=rank), counts_of(rows)
+    raced, about = in_blocks(OPS[op], blocks), {"op": op}
+    if hasattr(raced, "blocks"):
+        about["blocks"] = raced.blocks
+    found_layers, counts = layers(shapes, ratio=ratio, rank=rank, blocks=about.get("blocks", 1)), counts_of(rows)
     torch.manual_seed(0)
-    found = {"header": {"op": op, **header(torch.get_num_threads(), device)}, "ceilings": None, "rows": [], "chains": []}
+    found = {"header": about | header(torch.get_num_threads(), device), "ceilings": None, "rows": [], "chains": []}
     on_gpu = device.type == "cuda"
     if on_gpu:
         found["ceilings"] = graphs.ceilings(device)
@@ -44,6 +50,17 @@ def race(op: str, *, shapes: str, rows: str, dtype: str = "bfloat16", device: to
         if on_gpu and hasattr(raced, "measure_chain"):
             found["chains"].append(raced.measure_chain(pool, layer, m, found["ceilings"]))
     return found
+
+
+def in_blocks(raced, blocks: int | None):
+    """The same op raced with this many blocks."""
+    if blocks is None:
+        return raced
+    if not hasattr(raced, "blocks"):
+        raise ArgumentError(f"blocks: {raced.OP} has none")
+    if blocks < 1:
+        raise ArgumentError(f"blocks must be at least 1; found {blocks}")
+    return replace(raced, blocks=blocks)
 
 
 def new_pool(dtype: str, found: list[Layer], scale: float, device: torch.device) -> Pool:
@@ -70,6 +87,11 @@ def failures(found: dict) -> list[dict]:
     return [row for row in found["rows"] + found["chains"] if row["failed_gates"]]
 
 
+def name_of(about: dict) -> str:
+    """Of what a header is about."""
+    return f"{about['op']}, {about['blocks']} blocks" if "blocks" in about else about["op"]
+
+
 def draw(found: dict, path: Path) -> None:
     """Speed-up over the pair against m, a panel for each model; dotted, where a kernel would be that runs at the floor."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -82,7 +104,7 @@ def draw(found: dict, path: Path) -> None:
     about = found["header"]
     figure = Figure(figsize=(0.5 + 4.5 * len(models), 4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{about['op']}, {found['rows'][0]['dtype']}, {about.get('gpu') or about['cpu']}", fontsize=10)
+    figure.suptitle(f"{name_of(about)}, {found['rows'][0]['dtype']}, {about.get('gpu') or about['cpu']}", fontsize=10)
     for axes, (model, lines) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         for number, (name, rows) in enumerate(lines.items()):
             m = [row["m"] for row in rows]

@@ -21,9 +21,9 @@ class Layer(NamedTuple):
     r: int
 
 
-def layers(names: str, *, ratio: float = 0.5, rank: int | None = None) -> list[Layer]:
+def layers(names: str, *, ratio: float = 0.5, rank: int | None = None, blocks: int = 1) -> list[Layer]:
     """The layers of "llama-8b,minilm", or of sizes "4096:14336:1024" (k:n:r). The rank keeps `ratio` of a weight's
-    parameters, in multiples of 8, if none is given.
+    parameters, in multiples of 8, if none is given; in blocks it is that of a block, and they share those parameters.
 
     Raises ArgumentError for an unknown name, a ratio outside (0, 1) or a rank that no such layer has."""
     if not 0 < ratio < 1:
@@ -33,13 +33,14 @@ def layers(names: str, *, ratio: float = 0.5, rank: int | None = None) -> list[L
         if sizes := re.fullmatch(r"(\d+):(\d+):(\d+)", name):
             found.append(Layer(name, "", *(int(size) for size in sizes.groups())))
         elif name in MODELS:
-            found += [Layer(name, kind, k, n, rank_for(k, n, ratio) if rank is None else rank)
+            found += [Layer(name, kind, k, n, max(1, rank_for(k, n, ratio) // blocks) if rank is None else rank)
                       for kind, k, n in MODELS[name]]
         else:
             raise ArgumentError(f"shapes: {name!r} is neither one of {', '.join(MODELS)} nor sizes k:n:r like 4096:4096:512")
     for _, _, k, n, r in found:
-        if not 1 <= r <= min(k, n):
-            raise ArgumentError(f"rank must be between 1 and {min(k, n)} for {k} -> {n}; found {r}")
+        most = min(-(-k // blocks), -(-n // blocks))
+        if not 1 <= r <= most:
+            raise ArgumentError(f"rank must be between 1 and {most} for {k} -> {n}; found {r}")
     return found
 
 
