@@ -95,13 +95,21 @@ void gather_bias(const Sizes& s, const T* bias, int64_t o, T* to) {
   for (int64_t row = 0, at = s.interleave ? o : o * s.s; row < s.s; ++row, at += step) to[row] = at < s.n ? bias[at] : T{0};
 }
 
-// Block i's product to z[i], and from there, with its group, to its places in h.
-Move first_move(const Sizes& s, int64_t blocks) { return {blocks, s.m, s.r, s.b_out, s.t(), s.m * s.t(), blocks * s.r}; }
+// Products of input blocks to their places in h.
+Move first_move(const Sizes& s, int64_t blocks, int64_t from_block) {
+  return {blocks, s.m, s.r, s.b_out, from_block, s.t(), s.m * s.t(), blocks * s.r};
+}
 
-// Outputs of the blocks from o on, in turn.
-Move second_move(const Sizes& s, int64_t blocks, int64_t o) {
+// Products of the output blocks from o on to y, in turn.
+Move second_move(const Sizes& s, int64_t blocks, int64_t o, int64_t from_block) {
   const int64_t left = s.n - (s.s - 1) * s.b_out - o;
-  return {blocks, s.m, 1, s.s, s.n, s.b_out, std::clamp<int64_t>(left, 0, blocks)};
+  return {blocks, s.m, 1, s.s, from_block, s.n, s.b_out, std::clamp<int64_t>(left, 0, blocks)};
+}
+
+// Elements from one product that waits to the next: not a power of two, so that rows of all of them stay in the L1 cache.
+template <class T>
+int64_t waiting_stride(int64_t count) {
+  return count + 64 / static_cast<int64_t>(sizeof(T));
 }
 
 // Not so: one output block's middle, and outputs that lie in a row, are written where they belong.
@@ -123,11 +131,12 @@ void first_stage(const Sizes& s, const Operands<T>& in, const cpu::Kernel& kerne
   const int64_t p = s.p, q = s.q(), full = p > 0 ? s.k / p : s.b_in;  // blocks without padding
   const cpu::Lines prepared = cpu::new_lines(kernel.prepared_bytes(s.m, p));
   const cpu::Lines padded = new_elements<T>(last > full ? s.m * p : 0);
-  const cpu::Lines waiting = new_elements<T>(moves_middle(s) ? group * s.m * q : 0);
+  const int64_t stride = waiting_stride<T>(s.m * q);
+  const cpu::Lines waiting = new_elements<T>(moves_middle(s) ? group * stride : 0);
   for (int64_t start = first; start < last; start += group) {
     const int64_t end = std::min(start + group, last);
     T* z = elements_of<T>(waiting);
-    for (int64_t i = start; i < end; ++i, z += s.m * q) {
+    for (int64_t i = start; i < end; ++i, z += stride) {
       const T* w = in.v + i * q * p;
       const T* then = i + 1 < s.b_in ? w + q * p : in.u;
       cpu::Product product{in.x + i * p, w, nullptr, z, s.m, p, q, s.k, q, then};
@@ -138,7 +147,7 @@ void first_stage(const Sizes& s, const Operands<T>& in, const cpu::Kernel& kerne
       if (!moves_middle(s)) product.y = in.h + i * s.r, product.y_row = s.t();
       multiply(kernel, product, prepared.get());
     }
-    if (moves_middle(s)) move(first_move(s, end - start), elements_of<const T>(waiting), in.h + start * s.r, 0, s.m);
+    if (moves_middle(s)) move(first_move(s, end - start, stride), elements_of<const T>(waiting), in.h + start * s.r, 0, s.m);
   }
 }
 
@@ -149,11 +158,12 @@ void second_stage(const Sizes& s, const Operands<T>& in, const cpu::Kernel& kern
   const int64_t t = s.t(), rows = s.s;
   const bool moves = moves_outputs(s);
   const cpu::Lines prepared = cpu::new_lines(kernel.prepared_bytes(s.m, t));
-  const cpu::Lines waiting = new_elements<T>(moves ? group * s.m * rows : 0), block_bias = new_elements<T>(moves ? rows : 0);
+  const int64_t stride = waiting_stride<T>(s.m * rows);
+  const cpu::Lines waiting = new_elements<T>(moves ? group * stride : 0), block_bias = new_elements<T>(moves ? rows : 0);
   for (int64_t start = first; start < last; start += group) {
     const int64_t end = std::min(start + group, last);
     T* z = elements_of<T>(waiting);
-    for (int64_t o = start; o < end; ++o, z += s.m * rows) {
+    for (int64_t o = start; o < end; ++o, z += stride) {
       const T* w = in.u + o * rows * t;
       const T* then = o + 1 < s.b_out ? w + rows * t : nullptr;
       cpu::Product product{in.h + o * s.m * t, w, in.bias, z, s.m, t, rows, t, rows, then};
@@ -168,7 +178,7 @@ void second_stage(const Sizes& s, const Operands<T>& in, const cpu::Kernel& kern
       }
       multiply(kernel, product, prepared.get());
     }
-    if (moves) move(second_move(s, end - start, start), elements_of<const T>(waiting), in.y + start, 0, s.m);
+    if (moves) move(second_move(s, end - start, start, stride), elements_of<const T>(waiting), in.y + start, 0, s.m);
   }
 }
 
@@ -215,7 +225,7 @@ void library(const Sizes& s, const Operands<T>& in, const Tensor& v, const Tenso
   for (int64_t i = 0; i < s.b_in; ++i) pad_block(s, in.x, i, data_of(blocks_x) + i * s.m * s.p);
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(z.get(), blocks_x.get(), transposed(v).get()));
   for_tokens(s, [&, from = data_of(z), to = data_of(h)](int64_t first, int64_t last) {
-    move(first_move(s, s.b_in), from, to, first, last);
+    move(first_move(s, s.b_in, s.m * s.q()), from, to, first, last);
   });
 
   Tensor blocks_y = empty(s.kind, {s.b_out, s.m, s.s});
@@ -227,7 +237,8 @@ void library(const Sizes& s, const Operands<T>& in, const Tensor& v, const Tenso
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(blocks_y.get(), h.get(), transposed(u).get()));
   }
   for_tokens(s, [&, from = data_of(blocks_y), to = data_of(y)](int64_t first, int64_t last) {
-    s.interleave ? move(second_move(s, s.b_out, 0), from, to, first, last) : join_outputs(s, from, to, first, last);
+    s.interleave ? move(second_move(s, s.b_out, 0, s.m * s.s), from, to, first, last)
+                 : join_outputs(s, from, to, first, last);
   });
 }
 

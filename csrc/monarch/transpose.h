@@ -1,6 +1,7 @@
 // Moves products of blocks to their places: a transposition, because neighbours of a row belong to different blocks.
 //
 //   from [blocks][tokens][runs][columns]   element (b, t, i, c) goes to   to[t * to_token + c * to_column + b * runs + i]
+//   (from one block to the next: from_block)
 //
 // So what `blocks` products have at one column comes to lie side by side, b first and then i: h of the output block c, of
 // which input block b has `runs`, its rank; or, with one run, neighbouring elements of y. Numbers are moved, not looked at.
@@ -13,6 +14,7 @@ namespace monarch {
 
 struct Move {
   int64_t blocks, tokens, runs, columns;
+  int64_t from_block;
   int64_t to_token, to_column;  // strides
   int64_t last;                 // how many of blocks * runs the last column has room for
 };
@@ -66,7 +68,7 @@ class Rows {
  public:
   Rows(const Move& move, const T* from, int64_t token)
       : at_(from + token * move.runs * move.columns), columns_(move.columns), runs_(move.runs),
-        skip_((move.tokens - 1) * move.runs * move.columns) {}
+        skip_(move.from_block - move.runs * move.columns) {}
 
   const T* next() {
     const T* row = at_;
@@ -81,24 +83,28 @@ class Rows {
   int64_t run_ = 0;
 };
 
-// Of the tokens first..last.
+// Of the tokens first..last. A cache line of a column is filled before the next column's: they may be a power of two apart,
+// and would not stay in the L1 cache until their next squares come.
 template <class T>
 void move(const Move& move, const T* from, T* to, int64_t first, int64_t last) {
-  constexpr int kSide = Square<T>::kSide;
+  constexpr int kSide = Square<T>::kSide, kLine = 64 / sizeof(T);
   const int64_t all = move.blocks * move.runs, full = move.last < all ? move.columns - 1 : move.columns;
   for (int64_t token = first; token < last; ++token) {
-    T* to_row = to + token * move.to_token;
     Rows<T> next_rows(move, from, token);
-    for (int64_t i = 0; i < all; i += kSide) {
-      const T* rows[kSide];
-      const int64_t here = all - i < kSide ? all - i : kSide;
+    for (int64_t i = 0; i < all; i += kLine) {
+      const T* rows[kLine];
+      const int64_t here = all - i < kLine ? all - i : kLine, square = here / kSide * kSide;
       for (int64_t j = 0; j < here; ++j) rows[j] = next_rows.next();
+      T* to_line = to + token * move.to_token + i;
       int64_t c = 0;
-      if (here == kSide)
-        for (; c + kSide <= full; c += kSide) move_square(rows, c, to_row + c * move.to_column + i, move.to_column);
-      for (; c < move.columns; ++c) {
+      for (; c + kSide <= full; c += kSide, to_line += kSide * move.to_column) {
+        for (int64_t j = 0; j < square; j += kSide) move_square(rows + j, c, to_line + j, move.to_column);
+        for (int64_t d = 0; d < kSide; ++d)
+          for (int64_t j = square; j < here; ++j) to_line[d * move.to_column + j] = rows[j][c + d];
+      }
+      for (; c < move.columns; ++c, to_line += move.to_column) {
         const int64_t room = c < full || i + here <= move.last ? here : move.last - i;
-        for (int64_t j = 0; j < room; ++j) to_row[c * move.to_column + i + j] = rows[j][c];
+        for (int64_t j = 0; j < room; ++j) to_line[j] = rows[j][c];
       }
     }
   }
