@@ -17,6 +17,9 @@ struct Position {
 
 LOWFAT_CONSTEXPR int64_t ceil_div(int64_t total, int64_t part) { return (total + part - 1) / part; }
 LOWFAT_CONSTEXPR int64_t round_up(int64_t total, int64_t part) { return ceil_div(total, part) * part; }
+LOWFAT_CONSTEXPR int parts_of(int total, int part) { return (total + part - 1) / part; }
+LOWFAT_CONSTEXPR int smaller(int a, int b) { return a < b ? a : b; }
+LOWFAT_CONSTEXPR int larger(int a, int b) { return a > b ? a : b; }
 
 // Elements of a lane's fragments, in order: element i is half i % 2 of register i / 2.
 LOWFAT_CONSTEXPR Position mma_a(int lane, int i) {  // [16, 16], i in 0..7
@@ -58,6 +61,10 @@ LOWFAT_CONSTEXPR uint32_t swizzle128(uint32_t offset) { return offset ^ (offset 
 
 // Byte offset of 16-byte piece `piece` of row `row` in a swizzled tile [rows][128 bytes].
 LOWFAT_CONSTEXPR uint32_t swizzled_piece(int row, int piece) { return swizzle128(row * 128 + piece * 16); }
+
+// Which row a lane names for ldmatrix of two neighbouring b fragments that lie [columns, depth], 16 of each: matrices 0, 1 are
+// the halves of the depth of the one, 2, 3 those of the other. row: a column of b; column: 0 or 8 along the depth.
+LOWFAT_CONSTEXPR Position ldmatrix_pair_row(int lane) { return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8}; }
 
 // What is dealt to part `index` of `parts`: neighbouring items, sizes differing by one at most, the larger shares first.
 struct Share {

@@ -28,9 +28,7 @@ struct Range {
   int first, last;  // last is not in it
 };
 
-LOWFAT_CONSTEXPR int parts_of(int total, int part) { return (total + part - 1) / part; }
-LOWFAT_CONSTEXPR int smaller(int a, int b) { return a < b ? a : b; }
-LOWFAT_CONSTEXPR int larger(int a, int b) { return a > b ? a : b; }
+using device::larger, device::parts_of, device::smaller;
 
 // Neighbouring items for one of `parts`, the shares differing by one at most.
 LOWFAT_CONSTEXPR Range share(int items, int parts, int index) {

@@ -1,4 +1,4 @@
-// What the host side of low_rank asks of CUDA: which GPU it is, and counters for barriers of whole grids and for tickets.
+// What the host side of low_rank asks of CUDA: counters for barriers of whole grids and for tickets.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -58,21 +58,6 @@ class Counters {
 };
 
 }  // namespace
-
-Gpu gpu_of(int device) {
-  static std::mutex mutex;
-  static std::map<int, Gpu> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  Gpu& gpu = known[device];
-  if (gpu.arch == 0) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    cudaDeviceGetAttribute(&gpu.sm_count, cudaDevAttrMultiProcessorCount, device);
-    gpu.arch = major * 10 + minor;
-  }
-  return gpu;
-}
 
 // Grids of one size that run at the same time must not share a counter: they would let each other through.
 uint64_t* grid_counter(int device, void* stream, int grid, const char*& error) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "host/gpu.h"
 #include "host/op_table.h"
 #include "low_rank/activation.h"
 #include "low_rank/chain_layout.h"
@@ -30,14 +31,6 @@ struct Config {
 };
 
 Config choose_config(const Problem& problem);
-
-// Bytes of shared memory that a block may have; 0: a GPU for which this build has machine code at best through PTX, where
-// our kernels wait for a measurement.
-inline int shared_memory_of(int arch) {
-  if (arch == 90) return 227 << 10;
-  if (arch == 80 || arch == 87) return 163 << 10;
-  return arch > 80 && arch < 90 ? 99 << 10 : 0;
-}
 
 // What every kernel of a GPU is given; elements are bf16 or fp16.
 struct KernelOperands {
@@ -82,15 +75,8 @@ struct ChainOperands : KernelOperands {
 // Returns null, or what CUDA says is wrong.
 const char* launch_chain(const ChainPlan& plan, const ChainOperands& operands, Dtype dtype, void* stream);
 
-// What the host side asks of CUDA (gpu.cu).
-struct Gpu {
-  int arch = 0;  // 80 for compute capability 8.0
-  int sm_count = 0;
-};
-Gpu gpu_of(int device);
-
-// The barrier's counter for grids of one size on one stream of the current device; null when there are no more, or, with
-// `error` set, when CUDA says that something is wrong.
+// What the host side asks of CUDA (gpu.cu): the barrier's counter for grids of one size on one stream of the current device;
+// null when there are no more, or, with `error` set, when CUDA says that something is wrong.
 uint64_t* grid_counter(int device, void* stream, int grid, const char*& error);
 
 // kChainCounters for chained kernels on one stream of the current device, zero when none of them runs; null as above.

@@ -27,7 +27,7 @@
 #include "device/grid.h"
 #include "device/launch.h"
 #include "device/load.h"
-#include "device/mma.h"
+#include "device/warp_product.h"
 #include "low_rank/epilogue.h"
 #include "low_rank/low_rank.h"
 #include "low_rank/splits.h"
@@ -192,40 +192,20 @@ struct Slabs {
     const int first_weight = warp % kSm80WarpColumns * kSm80WarpWeights;
 #pragma unroll
     for (int depth = 0; depth < kSlab; depth += 16) {
-      uint32_t a[Config::kTokenFragments][4], b[Config::kWeightFragments / 2][4];
-#pragma unroll
-      for (int i = 0; i < Config::kTokenFragments; ++i) {
-        const device::Position at = device::ldmatrix_row(lane);
-        device::ldmatrix<4>(a[i], smem_t + device::swizzled_piece(first_token + i * 16 + at.row, (depth + at.column) / 8));
-      }
-#pragma unroll
-      for (int pair = 0; pair < Config::kWeightFragments / 2; ++pair) {
-        const device::Position at = weight_matrix_row(lane, pair);
-        device::ldmatrix<4>(b[pair], smem_w + weight_piece(first_weight + at.row, (depth + at.column) / 8));
-      }
-#pragma unroll
-      for (int i = 0; i < Config::kTokenFragments; ++i) {
-#pragma unroll
-        for (int j = 0; j < Config::kWeightFragments; ++j) {
-          const uint32_t of_weights[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          device::mma_m16n8k16<typename Config::Element>(sums[i][j], a[i], of_weights);
-        }
-      }
+      const device::Position of_token = device::ldmatrix_row(lane);
+      device::multiply_k16<typename Config::Element>(
+          sums,
+          [&](int i) {
+            const int token = first_token + i * 16 + of_token.row;
+            return smem_t + device::swizzled_piece(token, (depth + of_token.column) / 8);
+          },
+          [&](int pair) {
+            const device::Position at = weight_matrix_row(lane, pair);
+            return smem_w + weight_piece(first_weight + at.row, (depth + at.column) / 8);
+          });
     }
   }
 };
-
-template <class Config>
-LOWFAT_DEVICE void clear(SumsSm80<Config>& sums) {
-#pragma unroll
-  for (int i = 0; i < Config::kTokenFragments; ++i) {
-#pragma unroll
-    for (int j = 0; j < Config::kWeightFragments; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[i][j][e] = 0;
-    }
-  }
-}
 
 // Of each token and the eight rows of a weight that a lane has: visit(i, half, token, row), the sums of which are
 // sums[i][e / 2][2 half + e % 2].
@@ -328,7 +308,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) small_batch_sm80(const __
   Slabs<Config> slabs(p);
   SumsSm80<Config> sums;
   const auto multiply_item = [&](const Walk<Config>& walk) {
-    clear<Config>(sums);
+    device::clear(sums);
     for (int slab = walk.item.slabs.first; slab < walk.item.slabs.last; ++slab) slabs.multiply_next(sums, walk.is_second);
   };
 
