@@ -23,6 +23,7 @@ struct Problem {
   bool is_aligned = true;             // device cuda: operands start at multiples of 16 bytes
   int members = 1;                    // of a group, all with these sizes
   int64_t b_in = 1, b_out = 1;        // blocks of k and of n; r is then the rank of a block
+  bool interleave = true;             // outputs of a block are b_out apart, and no run
 };
 
 using Described = std::vector<std::pair<std::string, std::variant<int64_t, std::string>>>;  // a configuration, printable
