@@ -21,6 +21,7 @@ class Mutant(NamedTuple):
 
 
 GEMM, DEVICE, EMULATOR, LOW_RANK = "tests/emulator/gemm.cu", "csrc/device/", "tests/emulator/", "csrc/low_rank/"
+MONARCH = "csrc/monarch/"
 
 MUTANTS = [
     # What a kernel's author gets wrong: the emulator must notice.
@@ -738,6 +739,60 @@ MUTANTS = [
            "smaller(sm_count, chain_units(plan));", "sm_count;", "low_rank_chain_layout_test"),
     Mutant("chain, sums of two pieces in one place", LOW_RANK + "chain_layout.h",
            "(piece * 128 + thread) * 4;", "(piece * 64 + thread) * 4;", "low_rank_chain_layout_test"),
+    # The batched products of monarch.
+    Mutant("monarch, a pass goes on from the sums before", MONARCH + "batched.cu",
+           "      device::clear(sums);\n", "      if (pass == 0) device::clear(sums);\n", "monarch_test"),
+    Mutant("monarch, slabs are used before all have copied", MONARCH + "batched.cu",
+           "        device::wait_copies<kStages - 2>();\n        __syncthreads();\n",
+           "        device::wait_copies<kStages - 2>();\n", "monarch_test"),
+    Mutant("monarch, a slab is used before it is there", MONARCH + "batched.cu",
+           "wait_copies<kStages - 2>()", "wait_copies<kStages - 1>()", "monarch_test"),
+    Mutant("monarch, a plane over slabs that are read", MONARCH + "batched.cu",
+           "      if (p.plan.group == 1) __syncthreads();  // the plane lies where slabs are read\n", "", "monarch_test"),
+    Mutant("monarch, planes are read before all have written", MONARCH + "batched.cu",
+           "      keep(pass);\n    }\n    __syncthreads();\n", "      keep(pass);\n    }\n", "monarch_test"),
+    Mutant("monarch, all passes into one plane", MONARCH + "batched.cu",
+           "smem_planes + pass * Config::kTokens * Config::kStride;", "smem_planes;", "monarch_test"),
+    Mutant("monarch, weights of the first block", MONARCH + "batched.cu",
+           "(int64_t{block} * t.batch.rows * t.batch.depth + column)",
+           "(int64_t{t.place.block} * t.batch.rows * t.batch.depth + column)",
+           "monarch_test"),
+    Mutant("monarch, bias of the group's first block", MONARCH + "batched.cu",
+           "load_bias(place.block + pass);", "load_bias(place.block);", "monarch_test"),
+    Mutant("monarch, bias past the last output", MONARCH + "batched.cu",
+           "if (p.bias && mine < batch.rows && at < batch.results)", "if (p.bias && mine < batch.rows)", "monarch_test"),
+    Mutant("monarch, tokens past the last are read", MONARCH + "batched.cu",
+           "has_column && first + down < t.batch.m);", "has_column);", "monarch_test"),
+    Mutant("monarch, tokens past the last are stored", MONARCH + "batched.cu",
+           "smaller(Config::kTokens, batch.m - place.token), together}", "Config::kTokens, together}", "monarch_test"),
+    Mutant("monarch, the next block's inputs instead of padding", MONARCH + "batched.cu",
+           "column < t.batch.depth_of(block);", "column < kSlab * parts_of(t.batch.depth, kSlab);", "monarch_test"),
+    Mutant("monarch, the end of a slab is left out", MONARCH + "batched.cu",
+           "if (depth >= depth_left) break;", "if (depth + 16 > depth_left) break;", "monarch_test"),
+    Mutant("monarch, results past the last output", MONARCH + "batched.cu",
+           "column < batch.rows && offset < batch.results ? offset : -1", "column < batch.rows ? offset : -1", "monarch_test"),
+    Mutant("monarch, pairs across planes exchanged", MONARCH + "batched.cu",
+           "from[2 * e][down] | uint32_t{from[2 * e + 1][down]} << 16",
+           "from[2 * e + 1][down] | uint32_t{from[2 * e][down]} << 16",
+           "monarch_test"),
+    Mutant("monarch, rows of v in their own order", MONARCH + "batched_layout.h",
+           "return column % unit * row_step + column / unit;", "return column;", "monarch_layout_test"),
+    Mutant("monarch, interleaved outputs in runs", MONARCH + "batched_layout.h",
+           "s.interleave ? 1 : rows, s.n, s.n};", "rows, s.n, s.n};", "monarch_layout_test"),
+    Mutant("monarch, a run goes on into the next pass", MONARCH + "batched_layout.h",
+           "{at.pass + 1, at.column + 1 - run};", "{at.pass + 1, at.column + 1};", "monarch_layout_test"),
+    Mutant("monarch, pieces that begin anywhere", MONARCH + "batched_layout.h",
+           "group * b.pass_step % 8 == 0 && b.unit_step % 8 == 0", "b.unit_step % 8 == 0", "monarch_layout_test"),
+    Mutant("monarch, pieces of rows that begin anywhere", MONARCH + "batched_layout.h",
+           "  if (b.result_step % 8 != 0) return false;\n", "", "monarch_layout_test"),
+    Mutant("monarch, tiles with parts of units", MONARCH + "batched_layout.h",
+           "smaller(b.rows, columns / b.unit * b.unit)", "smaller(b.rows, columns)", "monarch_layout_test"),
+    Mutant("monarch, the last group has all blocks", MONARCH + "batched_layout.h",
+           "smaller(plan.group, b.blocks - block)}", "plan.group}", "monarch_layout_test"),
+    Mutant("monarch, planes over the stages", MONARCH + "batched_layout.h",
+           "return group == 1 ? 0 : kStages * stage_bytes(tokens, columns);", "return 0;", "monarch_layout_test"),
+    Mutant("monarch, lanes of a plane's rows in one bank", MONARCH + "batched_layout.h",
+           "{ return columns + 8; }", "{ return columns; }", "monarch_layout_test"),
 ]
 
 

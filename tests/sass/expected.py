@@ -56,8 +56,8 @@ CHAIN = dict(archs=("sm_90a",), registers=168, tensor_core=r"HGMMA\.64x128x16\.F
 # and two or four of tokens. Eight splits are on their way when they are added up. Fences: the releases of the two barriers of
 # the grid. The narrow loads are the bias, at any address.
 SMALL_BATCH_SM80 = dict(tensor_core=r"HMMA\.16816\.F32", weight_loads=8, fences=2, activation_ffma=900, narrow_loads=True)
-# monarch/batched.cu. In front of the first barrier two slabs are asked for, of each a piece or more of tokens and of weights; two
-# CTAs share a multiprocessor. The narrow loads are the bias, at any address.
+# monarch/batched.cu. In front of the first barrier two slabs are asked for, of each a piece or more of tokens and of weights;
+# two CTAs share a multiprocessor. The narrow loads are the bias, at any address.
 MONARCH = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
@@ -84,10 +84,10 @@ KERNELS = [
     Expected("low_rank/backward.cu", r"low_rank::backward_products<.*128>", registers=128, **BACKWARD),
     Expected("low_rank/backward.cu", r"low_rank::backward_products<.*64>", registers=80, **BACKWARD),
     Expected("low_rank/backward.cu", r"low_rank::backward_sums<", registers=64, weight_loads=4),
-    Expected("monarch/batched.cu", r"monarch::batched_product<.*128, 128>", registers=128, copies_before_barrier=8, **MONARCH),
-    Expected("monarch/batched.cu", r"monarch::batched_product<.*64, 128>", registers=96, copies_before_barrier=6, **MONARCH),
-    Expected("monarch/batched.cu", r"monarch::batched_product<.*64, 64>", registers=80, copies_before_barrier=4, **MONARCH),
-    Expected("monarch/batched.cu", r"monarch::batched_product<.*(16|32), 64>", registers=80, copies_before_barrier=3, **MONARCH),
+    Expected("monarch/batched.cu", r"batched_product<.*128, 128>", registers=128, copies_before_barrier=8, **MONARCH),
+    Expected("monarch/batched.cu", r"batched_product<.*64, 128>", registers=96, copies_before_barrier=6, **MONARCH),
+    Expected("monarch/batched.cu", r"batched_product<.*64, 64>", registers=80, copies_before_barrier=4, **MONARCH),
+    Expected("monarch/batched.cu", r"batched_product<.*(16|32), 64>", registers=80, copies_before_barrier=3, **MONARCH),
 ]
 
 
