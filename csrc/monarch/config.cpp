@@ -3,6 +3,7 @@
 
 #include "cpu/product.h"
 #include "monarch/monarch_cpu.h"
+#include "monarch/monarch_cuda.h"
 
 namespace monarch {
 namespace {
@@ -35,7 +36,7 @@ CpuConfig decode_config(const Problem& p) {
 }
 
 Described describe(const Problem& p) {
-  if (p.device != Device::cpu) return {{"path", "library"}};
+  if (p.device == Device::cuda) return describe_monarch_cuda(p);
   const CpuConfig config = choose_cpu_config(p);
   if (config.path == CpuPath::empty) return {{"path", "empty"}};
   if (config.path == CpuPath::library) return {{"path", "library"}};
@@ -47,7 +48,7 @@ Described describe(const Problem& p) {
           {"second_group", config.second_group}};
 }
 
-const RegisterOp registered({"monarch", compiled_cpu_levels(), {}, &describe});
+const RegisterOp registered({"monarch", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
 
 }  // namespace
 
