@@ -6,7 +6,8 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 
 from lowfat import _native
-from lowfat.bench.gates import chain, failed_gates, finished, product_of
+from lowfat.bench.gates import Chain, chain, failed_gates, finished, product_of
+from lowfat.ops.monarch import join_outputs, reference, reference_training
 
 OPS = torch.ops.lowfat
 K, N, R = 776, 520, 72  # ragged against tiles of 16 and 64 rows and steps of 32 and 64
@@ -88,11 +89,28 @@ def low_rank_backward_into(m: int, dtype: torch.dtype, device: str = "cuda") -> 
             *failed_gates((db - 1)[None], linear(ones, dy.T).float(), chain(ones, dy), dtype)]
 
 
+def monarch(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Both forms, with few blocks and with many."""
+    failed, k = [], 768
+    for b_in, b_out, r, n in ((4, 4, 24, 520), (48, 40, 2, 515)):
+        v = torch.randn(b_in, b_out * r, k // b_in, device=device).mul_(0.2).to(dtype)
+        u = torch.randn(b_out, -(-n // b_out), b_in * r, device=device).mul_(0.2).to(dtype)
+        x, bias = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (n,)))
+        for interleave in (True, False):
+            args = x, v, u, bias, n, interleave
+            y64, h64 = reference_training(*(t.double() for t in args[:4]), n, interleave)
+            size = reference(*(t.double().abs() for t in args[:4]), n, interleave)
+            spread = torch.bmm(h64.square(), u.double().square().mT).sqrt()
+            known = Chain(y64, [join_outputs(spread, n, interleave)], size, v.shape[2] + u.shape[2], h64.numel())
+            failed += failed_gates(OPS.monarch(*args), reference(*args), known)
+    return failed
+
+
 # function -> the op whose choice of a path and whose counters it shares, and the values of m
 CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_rank", (1, 16, 100, 300)),
          low_rank_group: ("low_rank_group", (5,)), low_rank_swiglu: ("low_rank_swiglu", (5,)),
          low_rank_pivoted: ("low_rank_pivoted", (5,)), low_rank_backward: ("low_rank_backward", (100,)),
-         low_rank_backward_into: ("low_rank_backward_into", (100,))}
+         low_rank_backward_into: ("low_rank_backward_into", (100,)), monarch: ("monarch", (1, 16, 100))}
 NO_KERNEL = ("library", "members")
 
 
@@ -101,7 +119,8 @@ def path_here(op: str, m: int, dtype: torch.dtype) -> str:
     about = torch.cuda.get_device_properties()
     return _native.native.choose_config(op, m=m, n=N, k=K, r=R, dtype=str(dtype).removeprefix("torch."), device="cuda",
                                         arch=about.major * 10 + about.minor, sm_count=about.multi_processor_count,
-                                        members=3 if op == "low_rank_group" else 1)["path"]
+                                        members=3 if op == "low_rank_group" else 1,
+                                        **({"b_in": 4, "b_out": 4} if op == "monarch" else {}))["path"]
 
 
 def main() -> int:
