@@ -128,16 +128,18 @@ struct Tile {
 
   // --- a pass ---
 
+  // Before the products, which take their time.
   LOWFAT_DEVICE void load_bias(int block) {
-    const int column = place.column + first_column() + device::lane_index() % 4 * 2;
+    const int first = place.column + first_column() + device::lane_index() % 4 * 2;
 #pragma unroll
     for (int j = 0; j < Config::kColumnFragments; ++j) {
       bias[j] = 0;
+      if (!p.bias) continue;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int mine = column + j * 8 + e;
-        const int64_t at = batch.offset_of(block, mine);
-        if (p.bias && mine < batch.rows && at < batch.results) bias[j] |= uint32_t{device::load(p.bias + at)} << 16 * e;
+        const int column = first + j * 8 + e;
+        const int64_t at = batch.offset_of_output(block, column);
+        if (column < batch.rows && at < batch.results) bias[j] |= uint32_t{device::load(p.bias + at)} << 16 * e;
       }
     }
   }

@@ -58,6 +58,10 @@ struct Batch {
   LOWFAT_CONSTEXPR int64_t offset_of(int block, int column) const {
     return column / unit * unit_step + column % unit + int64_t{block} * pass_step;
   }
+  // The same in the second product, where a unit is a column or all of them: without a division.
+  LOWFAT_CONSTEXPR int64_t offset_of_output(int block, int column) const {
+    return (unit == 1 ? unit_step : 1) * column + int64_t{block} * pass_step;
+  }
 };
 
 // z = x v^T: columns are those of one output block after those of the other, so that neighbours are neighbours in the middle

@@ -760,7 +760,7 @@ MUTANTS = [
     Mutant("monarch, bias of the group's first block", MONARCH + "batched.cu",
            "load_bias(place.block + pass);", "load_bias(place.block);", "monarch_test"),
     Mutant("monarch, bias past the last output", MONARCH + "batched.cu",
-           "if (p.bias && mine < batch.rows && at < batch.results)", "if (p.bias && mine < batch.rows)", "monarch_test"),
+           "if (column < batch.rows && at < batch.results) bias", "if (column < batch.rows) bias", "monarch_test"),
     Mutant("monarch, tokens past the last are read", MONARCH + "batched.cu",
            "has_column && first + down < t.batch.m);", "has_column);", "monarch_test"),
     Mutant("monarch, tokens past the last are stored", MONARCH + "batched.cu",

@@ -66,6 +66,7 @@ void results_are_where_the_op_says(uint64_t) {
       for (int o : {0, s.b_out - 1}) {
         const int column = s.interleave ? o + c * s.b_out : o * s.s() + c;
         check::equal(second.offset_of(o, c) + 5.0 * second.result_step, 5.0 * s.n + column, "place in y", c);
+        check::equal(second.offset_of_output(o, c), column, "column of y", c);
       }
     }
     check::equal(first.results, double(s.b_out) * s.m * t, "size of h");
