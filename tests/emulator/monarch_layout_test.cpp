@@ -110,6 +110,7 @@ void each_result_is_stored_once(uint64_t) {
         const Walked cta{b, plan, place_of(b, plan, index)};
         check::that(cta.at.token % plan.tokens == 0 && cta.at.token < s.m, "a tile of tokens", index);
         check::that(cta.at.passes >= 1 && cta.at.passes <= plan.group && cta.at.column < b.rows, "no CTA is empty", index);
+        check::that(cta.at.block + cta.at.passes <= b.blocks, "blocks that exist", index);
         ++tokens[cta.at.token / plan.tokens];
         if (cta.at.token > 0) continue;
         InTile next = in_tile(b.unit, cta.at.passes, 0);
