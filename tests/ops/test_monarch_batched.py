@@ -27,8 +27,8 @@ def config(**changes) -> dict:
     ("empty", {"m": 0}), ("batched", {}), ("batched", {"m": 1}), ("batched", {"m": 1 << 20}),
     ("batched", {"dtype": "float16"}), ("library", {"dtype": "float32"}), ("library", {"is_aligned": False}),
     ("library", {"arch": 100}), ("library", {"k": 4092}), ("batched", {"n": 4091}), ("library", {"b_in": 60}),
-    ("library", {"b_in": 4}), ("batched", {"b_in": 4, "r": 6}), ("batched", {"arch": 80, "sm_count": 108}), ("batched", {"arch": 86, "sm_count": 84}),
-    ("batched", {"interleave": False})])
+    ("library", {"b_in": 4}), ("batched", {"b_in": 4, "r": 6}), ("batched", {"arch": 80, "sm_count": 108}),
+    ("batched", {"arch": 86, "sm_count": 84}), ("batched", {"interleave": False})])
 def test_the_path_follows_what_the_kernel_covers(path, changes):
     assert config(**changes)["path"] == path
 
