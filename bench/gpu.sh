@@ -87,7 +87,7 @@ sanitizers() {
   sanitized memcheck "planted write past the end" "$work/planted_faults" out-of-bounds
   sanitized racecheck "planted race" "$work/planted_faults" race
   for tool in memcheck racecheck; do
-    sanitized $tool "low_rank, each kernel" "$python" bench/each_kernel_once.py
+    sanitized $tool "each kernel" "$python" bench/each_kernel_once.py
     sanitized $tool "low_rank, both ways to launch" "$work/decode_variants" --once
   done
   "$python" bench/gpu_report.py sanitizers "$work"

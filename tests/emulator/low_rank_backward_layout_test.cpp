@@ -173,7 +173,7 @@ void kernels_are_chosen_where_they_are_meant(uint64_t) {
   for (int arch : {75, 100, 120}) check::equal(tile(8192, 4096, 4096, 128, bf16, arch), 0, "other GPUs", arch);
   for (int arch : {80, 86, 89, 90}) check::equal(tile(8192, 4096, 4096, 128, bf16, arch), kLargeTile, "GPUs", arch);
   const auto path = [](int64_t m, int64_t r) {
-    return std::get<std::string>(describe_backward({m, 4096, 4096, r, Dtype::bfloat16, Device::cuda}).front().second);
+    return std::get<std::string>(describe_backward<false>({m, 4096, 4096, r, Dtype::bfloat16, Device::cuda}).front().second);
   };
   check::that(path(8192, 128) == "kernels" && path(8192, 512) == "library" && path(0, 128) == "empty", "in words");
 }
