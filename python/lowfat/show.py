@@ -197,8 +197,8 @@ def show_doctor(known: dict, summary: str, advice: list[str]) -> None:
     rows = [("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in known["versions"].items())),
             ("library", known["library"] or f"none: {known['why_not']}")]
     for op, devices in known["kernels"].items():
-        rows += [(f"{op}, {device}", ", ".join(names) or "none: its plain torch reference runs")
-                 for device, names in devices.items()]
+        rows.append((op, "; ".join(f"{device}: {', '.join(names) or 'none, its plain torch reference runs'}"
+                                   for device, names in devices.items())))
     if build:
         written = {name: value for name, value in build.items() if value and isinstance(value, str)}
         rows.append(("build", ", ".join(f"{name} {value}" for name, value in written.items())))
