@@ -10,6 +10,12 @@ from lowfat.structures import Monarch
 
 NAMES = ("monarch", "block_low_rank")
 N, K = 22, 30
+EPS = torch.finfo(torch.float64).eps
+
+
+def is_same(found, expected, condition=1.0):
+    """But for the rounding of about N + K steps, each as many numbers long, in a problem of this condition."""
+    return (found - expected).norm() <= (N + K) ** 2 * EPS * condition * expected.norm()
 
 
 def stats_of(x):
@@ -34,9 +40,9 @@ def test_the_weights_fit_is_the_exact_projection(name, blocks, problem):
     weight, _, _ = problem
     layer, _ = METHODS[name].factorize(weight, None, None, rank=2, blocks=blocks)
     plain = Monarch.from_dense(weight, blocks=blocks, rank=2, interleave=name == "monarch")
-    assert torch.allclose(layer.dense(), plain.dense(), rtol=1e-9, atol=1e-11) and layer.shape() == plain.shape()
+    assert is_same(layer.dense(), plain.dense()) and layer.shape() == plain.shape()
     curve = METHODS[name].losses(weight, None, blocks=blocks)
-    assert torch.isclose(curve[2], (weight - layer.dense()).square().sum(), rtol=1e-8)
+    assert abs(curve[2] - (weight - layer.dense()).square().sum()) <= (N + K) ** 2 * EPS * curve[0]
     assert len(curve) == METHODS[name].size(K, N, blocks=blocks)[1] + 1 and curve[-1] <= 1e-12 * curve[0]
 
 
@@ -67,15 +73,15 @@ def test_the_outputs_fit_ends_where_no_factor_can_improve(name, problem, monkeyp
 
     weight, _, stats = problem
     gram = stats.gram.double() + 1e-6 * stats.gram.double().diagonal().mean() * torch.eye(K)  # damped, as the method has it
+    monkeypatch.setattr(module, "_GAIN", 0)
     slopes = []
     for sweeps in (1, 3000):
         monkeypatch.setattr(module, "_SWEEPS", sweeps)
-        monkeypatch.setattr(module, "_GAIN", 0)
         layer, _ = METHODS[name].factorize(weight, None, stats, rank=2, blocks=3, fit="outputs")
         error = weight - layer.dense()
         torch.einsum("nk,kl,nl->", error, gram, error).backward()
-        slopes.append(float(layer.v.grad.norm() + layer.u.grad.norm()))
-    assert slopes[1] < 0.01 * slopes[0]
+        slopes.append(layer.v.grad.norm() + layer.u.grad.norm())
+    assert slopes[1] < slopes[0] / 100  # it goes on to fall, slowly: inputs of the blocks are correlated
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +89,7 @@ def test_one_block_fitted_to_outputs_is_whitened_low_rank(name, problem):
     weight, _, stats = problem
     ours, _ = METHODS[name].factorize(weight, None, stats, rank=4, blocks=1, fit="outputs")
     theirs, _ = METHODS["whitened"].factorize(weight, None, stats, rank=4)
-    assert torch.allclose(ours.dense(), theirs.dense(), rtol=1e-6, atol=1e-8)
+    assert is_same(ours.dense(), theirs.dense(), condition=torch.linalg.cond(stats.gram.double()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +106,7 @@ def test_the_fisher_fit_is_optimal_in_its_metric(name, blocks, problem):
     even = Stats(stats.gram, 1, torch.ones(K), torch.ones(N), samples=1)
     same, _ = METHODS[name].factorize(weight, None, even, rank=2, blocks=blocks, fit="fisher")
     plain, _ = METHODS[name].factorize(weight, None, None, rank=2, blocks=blocks)
-    assert torch.allclose(same.dense(), plain.dense(), rtol=1e-8, atol=1e-9)
+    assert is_same(same.dense(), plain.dense())
 
 
 def test_the_wrong_gram_matrix_and_nan(problem):
