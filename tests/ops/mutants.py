@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -204,12 +205,9 @@ def _parameters(test):
 
 
 def plant(folder: Path, mutant) -> None:
-    """A copy of what the checks import, with the bug in it."""
-    for name in ("bench", "ops", "structures"):
-        shutil.copytree(PACKAGE / name, folder / "lowfat" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("errors.py", "linalg.py"):
-        shutil.copy(PACKAGE / name, folder / "lowfat")
-    (folder / "lowfat" / "__init__.py").touch()
+    """A copy of the package with the bug in it. Its __init__ is empty: a child imports what the checks need, no more."""
+    shutil.copytree(PACKAGE, folder / "lowfat", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (folder / "lowfat" / "__init__.py").write_text("")
     if mutant is not None:
         name, text, replacement = mutant
         source = (PACKAGE / name).read_text()
@@ -236,6 +234,9 @@ def judge(mutant) -> str | None:
             if mutant is None:
                 raise
             return f"{found}: {type(error).__name__}"
+        elsewhere = [name for name, module in sys.modules.items() if name.split(".")[0] == "lowfat"
+                     and not str(module.__file__).startswith(folder)]
+        assert not elsewhere, elsewhere  # a module that the copy lacks would come from wherever lowfat is installed
     return None
 
 
@@ -245,11 +246,14 @@ def run() -> None:
     import torch._subclasses  # noqa: F401
     import torch.utils.checkpoint
     torch.set_num_threads(1)
+    os.environ["LOWFAT_DISABLE_KERNELS"] = "1"  # the copy has no compiled library
     for i, mutant in enumerate([None, *MUTANTS]):
         read, write = os.pipe()
         if (child := os.fork()) == 0:
             try:
                 os.write(write, json.dumps(judge(mutant)).encode())
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
         os.close(write)
