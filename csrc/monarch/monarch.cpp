@@ -1,4 +1,4 @@
-// Host side of monarch on a CPU: checks, choice of configuration, calls, registration.
+// Host side of monarch: checks, and on a CPU choice of configuration, calls, registration. (A GPU's: monarch_cuda.cpp.)
 //   x [..., k]   v [b_in, b_out r, p]   u [b_out, s, b_in r]   bias [n]   h [b_out, m, b_in r]   y [..., n]
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -10,6 +10,7 @@
 #include "cpu/product.h"
 #include "host/call_counter.h"
 #include "host/tensor.h"
+#include "monarch/forward.h"
 #include "monarch/monarch_cpu.h"
 #include "monarch/transpose.h"
 
@@ -20,44 +21,6 @@ namespace {
 CallCounter decode_calls("monarch", "cpu", "decode"), library_calls("monarch", "cpu", "library");
 
 constexpr int64_t kTaskNumbers = 1 << 16;  // moved by a thread, at least
-
-struct Sizes {
-  int64_t m, n, k, r;
-  int64_t b_in, b_out;
-  int64_t p, s;  // inputs and outputs of a block; the last ones have fewer where the blocks do not divide k and n
-  Kind kind;     // of every tensor
-  Dtype dtype;
-  bool interleave;
-
-  int64_t q() const { return b_out * r; }
-  int64_t t() const { return b_in * r; }
-};
-
-// The conditions that the Python function checks with a named error, for callers of torch.ops.
-Sizes check(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
-            bool interleave) {
-  STD_TORCH_CHECK(x.dim() >= 1, "monarch: x has no dimensions, must be [..., k]");
-  STD_TORCH_CHECK(v.dim() == 3 && u.dim() == 3, "monarch: v has ", v.dim(), " and u ", u.dim(),
-                  " dimensions, must be [b_in, b_out r, p] and [b_out, s, b_in r]");
-  const Kind kind = kind_of(x);
-  const int64_t k = x.size(x.dim() - 1);
-  Sizes s{rows_of(x), n, k, 0, v.size(0), u.size(0), v.size(2), u.size(1), kind, dtype_of(kind), interleave};
-  STD_TORCH_CHECK(s.b_in >= 1 && s.b_out >= 1, "monarch: v has ", s.b_in, " blocks and u ", s.b_out,
-                  ", must be one at least");
-  STD_TORCH_CHECK(v.size(1) % s.b_out == 0 && v.size(1) * s.b_in == u.size(2) * s.b_out, "monarch: v has ", v.size(1),
-                  " rows and u ", u.size(2), " columns in a block, must be b_out r and b_in r with b_in = ", s.b_in,
-                  " and b_out = ", s.b_out);
-  s.r = v.size(1) / s.b_out;
-  STD_TORCH_CHECK((s.k + s.b_in - 1) / s.b_in == s.p, "monarch: x has ", s.k, " features, must have ", s.b_in * s.p,
-                  ", or up to ", s.b_in - 1, " less: ", s.b_in, " blocks of ", s.p);
-  STD_TORCH_CHECK(n >= 0 && (n + s.b_out - 1) / s.b_out == s.s, "monarch: n is ", n, ", must be ", s.b_out * s.s,
-                  ", or up to ", s.b_out - 1, " less: ", s.b_out, " blocks of ", s.s);
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "monarch: bias must be [", n, "]");
-  STD_TORCH_CHECK(kind_of(v) == kind && kind_of(u) == kind && (!bias || kind_of(*bias) == kind),
-                  "monarch: x, v, u and bias must have one dtype (or use autocast) and be on one device");
-  STD_TORCH_CHECK(s.dtype != Dtype::other, "monarch: x must be float64, float32, float16 or bfloat16");
-  return s;
-}
 
 // T: unsigned, of an element's size. The kernels know the dtype; here numbers are moved, not looked at.
 template <class T>
@@ -82,7 +45,7 @@ cpu::Lines new_elements(int64_t count) {
 
 // to [m, p]: block i of x, and zeros where there is no more of x.
 template <class T>
-void pad_block(const Sizes& s, const T* x, int64_t i, T* to) {
+void pad_block(const Call& s, const T* x, int64_t i, T* to) {
   const int64_t first = std::min(s.k, i * s.p), count = std::min(s.k - first, s.p);
   for (int64_t token = 0; token < s.m; ++token, to += s.p)
     std::fill(std::copy_n(x + token * s.k + first, count, to), to + s.p, T{0});
@@ -90,18 +53,18 @@ void pad_block(const Sizes& s, const T* x, int64_t i, T* to) {
 
 // to [s]: what is added to output block o, and zeros where n ends.
 template <class T>
-void gather_bias(const Sizes& s, const T* bias, int64_t o, T* to) {
+void gather_bias(const Call& s, const T* bias, int64_t o, T* to) {
   const int64_t step = s.interleave ? s.b_out : 1;
   for (int64_t row = 0, at = s.interleave ? o : o * s.s; row < s.s; ++row, at += step) to[row] = at < s.n ? bias[at] : T{0};
 }
 
 // Products of input blocks to their places in h.
-Move first_move(const Sizes& s, int64_t blocks, int64_t from_block) {
+Move first_move(const Call& s, int64_t blocks, int64_t from_block) {
   return {blocks, s.m, s.r, s.b_out, from_block, s.t(), s.m * s.t(), blocks * s.r};
 }
 
 // Products of the output blocks from o on to y, in turn.
-Move second_move(const Sizes& s, int64_t blocks, int64_t o, int64_t from_block) {
+Move second_move(const Call& s, int64_t blocks, int64_t o, int64_t from_block) {
   const int64_t left = s.n - (s.s - 1) * s.b_out - o;
   return {blocks, s.m, 1, s.s, from_block, s.n, s.b_out, std::clamp<int64_t>(left, 0, blocks)};
 }
@@ -113,8 +76,8 @@ int64_t waiting_stride(int64_t count) {
 }
 
 // Not so: one output block's middle, and outputs that lie in a row, are written where they belong.
-bool moves_middle(const Sizes& s) { return s.b_out > 1; }
-bool moves_outputs(const Sizes& s) { return s.interleave && s.b_out > 1; }
+bool moves_middle(const Call& s) { return s.b_out > 1; }
+bool moves_outputs(const Call& s) { return s.interleave && s.b_out > 1; }
 
 void multiply(const cpu::Kernel& kernel, cpu::Product product, void* prepared) {
   if (kernel.prepared_bytes(product.m, product.depth) > 0) {
@@ -126,7 +89,7 @@ void multiply(const cpu::Kernel& kernel, cpu::Product product, void* prepared) {
 
 // h = the products of input blocks first..last.
 template <class T>
-void first_stage(const Sizes& s, const Operands<T>& in, const cpu::Kernel& kernel, int64_t group, int64_t first,
+void first_stage(const Call& s, const Operands<T>& in, const cpu::Kernel& kernel, int64_t group, int64_t first,
                  int64_t last) {
   const int64_t p = s.p, q = s.q(), full = p > 0 ? s.k / p : s.b_in;  // blocks without padding
   const cpu::Lines prepared = cpu::new_lines(kernel.prepared_bytes(s.m, p));
@@ -153,7 +116,7 @@ void first_stage(const Sizes& s, const Operands<T>& in, const cpu::Kernel& kerne
 
 // y = the products of output blocks first..last.
 template <class T>
-void second_stage(const Sizes& s, const Operands<T>& in, const cpu::Kernel& kernel, int64_t group, int64_t first,
+void second_stage(const Call& s, const Operands<T>& in, const cpu::Kernel& kernel, int64_t group, int64_t first,
                   int64_t last) {
   const int64_t t = s.t(), rows = s.s;
   const bool moves = moves_outputs(s);
@@ -189,7 +152,7 @@ void for_blocks(int64_t blocks, int64_t grain, const Task& task) {
 }
 
 template <class T>
-void decode(const Sizes& s, const CpuConfig& config, const Operands<T>& in) {
+void decode(const Call& s, const CpuConfig& config, const Operands<T>& in) {
   const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, s.m);
   for_blocks(s.b_in, config.first_grain, [&](int64_t first, int64_t last) {
     first_stage(s, in, kernel, config.first_group, first, last);
@@ -204,13 +167,13 @@ void decode(const Sizes& s, const CpuConfig& config, const Operands<T>& in) {
 Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 1, 2); }
 
 template <class Task>
-void for_tokens(const Sizes& s, const Task& task) {
+void for_tokens(const Call& s, const Task& task) {
   torch::stable::parallel_for(0, s.m, std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, s.k + s.n)), task);
 }
 
 // y [m, n] from [b_out, m, s], block after block.
 template <class T>
-void join_outputs(const Sizes& s, const T* from, T* y, int64_t first, int64_t last) {
+void join_outputs(const Call& s, const T* from, T* y, int64_t first, int64_t last) {
   for (int64_t token = first; token < last; ++token) {
     for (int64_t o = 0, at = 0; at < s.n; ++o, at += s.s)
       std::copy_n(from + (o * s.m + token) * s.s, std::min(s.s, s.n - at), y + token * s.n + at);
@@ -219,7 +182,7 @@ void join_outputs(const Sizes& s, const T* from, T* y, int64_t first, int64_t la
 
 // Writes all of h and y.
 template <class T>
-void library(const Sizes& s, const Operands<T>& in, const Tensor& v, const Tensor& u, Tensor& h, Tensor& y) {
+void library(const Call& s, const Operands<T>& in, const Tensor& v, const Tensor& u, Tensor& h, Tensor& y) {
   const auto data_of = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
   Tensor blocks_x = empty(s.kind, {s.b_in, s.m, s.p}), z = empty(s.kind, {s.b_in, s.m, s.q()});
   for (int64_t i = 0; i < s.b_in; ++i) pad_block(s, in.x, i, data_of(blocks_x) + i * s.m * s.p);
@@ -250,7 +213,7 @@ struct Result {
 };
 
 template <class T>
-void forward(const Sizes& s, const CpuConfig& config, const Tensor& x, const Tensor& v, const Tensor& u,
+void forward(const Call& s, const CpuConfig& config, const Tensor& x, const Tensor& v, const Tensor& u,
              const std::optional<Tensor>& bias, Result& result) {
   const auto data_of = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
   Operands<T> in{data_of(x), data_of(v), data_of(u), bias ? data_of(*bias) : nullptr, nullptr,
@@ -270,7 +233,7 @@ void forward(const Sizes& s, const CpuConfig& config, const Tensor& x, const Ten
 // The tensors are made contiguous: the same bits for every layout of the same values, on whichever path.
 Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
                    bool interleave, bool keep_h) {
-  const Sizes s = check(x, v, u, bias, n, interleave);
+  const Call s = check(x, v, u, bias, n, interleave);
   Problem problem;
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.dtype = s.dtype;
   problem.b_in = s.b_in, problem.b_out = s.b_out;
@@ -301,6 +264,31 @@ std::tuple<Tensor, Tensor> monarch_training_cpu(const Tensor& x, const Tensor& v
 }
 
 }  // namespace
+
+Call check(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
+            bool interleave) {
+  STD_TORCH_CHECK(x.dim() >= 1, "monarch: x has no dimensions, must be [..., k]");
+  STD_TORCH_CHECK(v.dim() == 3 && u.dim() == 3, "monarch: v has ", v.dim(), " and u ", u.dim(),
+                  " dimensions, must be [b_in, b_out r, p] and [b_out, s, b_in r]");
+  const Kind kind = kind_of(x);
+  const int64_t k = x.size(x.dim() - 1);
+  Call s{rows_of(x), n, k, 0, v.size(0), u.size(0), v.size(2), u.size(1), kind, dtype_of(kind), interleave};
+  STD_TORCH_CHECK(s.b_in >= 1 && s.b_out >= 1, "monarch: v has ", s.b_in, " blocks and u ", s.b_out,
+                  ", must be one at least");
+  STD_TORCH_CHECK(v.size(1) % s.b_out == 0 && v.size(1) * s.b_in == u.size(2) * s.b_out, "monarch: v has ", v.size(1),
+                  " rows and u ", u.size(2), " columns in a block, must be b_out r and b_in r with b_in = ", s.b_in,
+                  " and b_out = ", s.b_out);
+  s.r = v.size(1) / s.b_out;
+  STD_TORCH_CHECK((s.k + s.b_in - 1) / s.b_in == s.p, "monarch: x has ", s.k, " features, must have ", s.b_in * s.p,
+                  ", or up to ", s.b_in - 1, " less: ", s.b_in, " blocks of ", s.p);
+  STD_TORCH_CHECK(n >= 0 && (n + s.b_out - 1) / s.b_out == s.s, "monarch: n is ", n, ", must be ", s.b_out * s.s,
+                  ", or up to ", s.b_out - 1, " less: ", s.b_out, " blocks of ", s.s);
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "monarch: bias must be [", n, "]");
+  STD_TORCH_CHECK(kind_of(v) == kind && kind_of(u) == kind && (!bias || kind_of(*bias) == kind),
+                  "monarch: x, v, u and bias must have one dtype (or use autocast) and be on one device");
+  STD_TORCH_CHECK(s.dtype != Dtype::other, "monarch: x must be float64, float32, float16 or bfloat16");
+  return s;
+}
 
 }  // namespace monarch
 

@@ -13,6 +13,7 @@
 #include "host/cuda_stream.h"
 #include "host/gpu.h"
 #include "host/tensor.h"
+#include "monarch/forward.h"
 
 // Lives in libtorch_cuda.so alone: see host/cuda_stream.h.
 #pragma weak aoti_torch_cuda_baddbmm_out
@@ -24,34 +25,6 @@ CallCounter batched_calls("monarch", "cuda", "batched"), library_calls("monarch"
 
 using Dimensions = std::vector<int64_t>;
 using Results = std::tuple<Tensor, Tensor>;  // y, h
-
-struct Call {
-  int64_t m, n, k, b_in, b_out, p, s, r;
-  bool interleave;
-  Kind kind;  // of every tensor
-  Dtype dtype;
-};
-
-// The conditions that the Python function checks with a named error, for callers of torch.ops.
-Call check(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
-           bool interleave) {
-  STD_TORCH_CHECK(v.dim() == 3 && u.dim() == 3, "monarch: v has ", v.dim(), " and u ", u.dim(),
-                  " dimensions, must be [b_in, b_out r, p] and [b_out, s, b_in r]");
-  const int64_t b_in = v.size(0), q = v.size(1), p = v.size(2), b_out = u.size(0), s = u.size(1), t = u.size(2);
-  STD_TORCH_CHECK(b_in >= 1 && b_out >= 1 && q * b_in == t * b_out && q % b_out == 0, "monarch: v [", b_in, ", ", q, ", ", p,
-                  "] and u [", b_out, ", ", s, ", ", t, "] do not share a rank");
-  STD_TORCH_CHECK(x.dim() >= 1 && device::ceil_div(x.size(x.dim() - 1), b_in) == p, "monarch: x must have ", b_in * p,
-                  " features, or up to ", b_in - 1, " less: ", b_in, " blocks of ", p);
-  STD_TORCH_CHECK(n >= 0 && device::ceil_div(n, b_out) == s, "monarch: n is ", n, ", must be ", b_out * s, ", or up to ",
-                  b_out - 1, " less: ", b_out, " blocks of ", s);
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == n), "monarch: bias must be [", n, "]");
-  const Kind kind = kind_of(x);
-  STD_TORCH_CHECK(kind_of(v) == kind && kind_of(u) == kind && (!bias || kind_of(*bias) == kind),
-                  "monarch: x, v, u and bias must have one dtype (or use autocast) and be on one device");
-  const Dtype dtype = dtype_of(kind);
-  STD_TORCH_CHECK(dtype != Dtype::other, "monarch: x must be float64, float32, float16 or bfloat16");
-  return {rows_of(x), n, x.size(x.dim() - 1), b_in, b_out, p, s, q / b_out, interleave, kind, dtype};
-}
 
 // Contiguous: the same bits for every layout of the same values, on whichever path.
 struct Arguments {
@@ -82,31 +55,31 @@ Tensor times_transposed(const Tensor& a, const Tensor& w) {
 }
 
 // [rows, n] -> [b_out, rows, s]
-Tensor split_outputs(const Call& c, const Tensor& rows) {
-  const Tensor all = padded(rows, c.b_out * c.s);
-  return c.interleave ? permuted(shaped(all, {rows.size(0), c.s, c.b_out}), {2, 0, 1})
-                      : torch::stable::transpose(shaped(all, {rows.size(0), c.b_out, c.s}), 0, 1);
+Tensor split_outputs(const Call& s, const Tensor& rows) {
+  const Tensor all = padded(rows, s.b_out * s.s);
+  return s.interleave ? permuted(shaped(all, {rows.size(0), s.s, s.b_out}), {2, 0, 1})
+                      : torch::stable::transpose(shaped(all, {rows.size(0), s.b_out, s.s}), 0, 1);
 }
 
 // [b_out, m, s] -> [m, n]
-Tensor join_outputs(const Call& c, const Tensor& y) {
-  Tensor rows = shaped(c.interleave ? permuted(y, {1, 2, 0}) : torch::stable::transpose(y, 0, 1), {c.m, c.b_out * c.s});
-  return as_contiguous(torch::stable::narrow(rows, 1, 0, c.n));
+Tensor join_outputs(const Call& s, const Tensor& y) {
+  Tensor rows = shaped(s.interleave ? permuted(y, {1, 2, 0}) : torch::stable::transpose(y, 0, 1), {s.m, s.b_out * s.s});
+  return as_contiguous(torch::stable::narrow(rows, 1, 0, s.n));
 }
 
-Results library(const Call& c, const Arguments& in) {
+Results library(const Call& s, const Arguments& in) {
   library_calls.count();
-  const Tensor blocks = shaped(padded(shaped(in.x, {c.m, c.k}), c.b_in * c.p), {c.m, c.b_in, c.p});
+  const Tensor blocks = shaped(padded(shaped(in.x, {s.m, s.k}), s.b_in * s.p), {s.m, s.b_in, s.p});
   const Tensor z = times_transposed(torch::stable::transpose(blocks, 0, 1), in.v);
   const Tensor h = as_contiguous(
-      shaped(permuted(shaped(z, {c.b_in, c.m, c.r, c.b_out}), {3, 1, 0, 2}), {c.b_out, c.m, c.b_in * c.r}));
-  if (!in.bias) return {join_outputs(c, times_transposed(h, in.u)), h};
+      shaped(permuted(shaped(z, {s.b_in, s.m, s.r, s.b_out}), {3, 1, 0, 2}), {s.b_out, s.m, s.b_in * s.r}));
+  if (!in.bias) return {join_outputs(s, times_transposed(h, in.u)), h};
   STD_TORCH_CHECK(&aoti_torch_cuda_baddbmm_out != nullptr, "monarch: this torch has no CUDA support");
-  const Tensor y = empty(c.kind, {c.b_out, c.m, c.s});
-  const Tensor added = split_outputs(c, shaped(*in.bias, {1, c.n}));  // before the only rounding
+  const Tensor y = empty(s.kind, {s.b_out, s.m, s.s});
+  const Tensor added = split_outputs(s, shaped(*in.bias, {1, s.n}));  // before the only rounding
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_cuda_baddbmm_out(y.get(), added.get(), h.get(), torch::stable::transpose(in.u, 1, 2).get(), 1, 1));
-  return {join_outputs(c, y), h};
+  return {join_outputs(s, y), h};
 }
 
 Tensor shaped_like(const Tensor& y, const Tensor& x) {
@@ -120,29 +93,29 @@ Tensor shaped_like(const Tensor& y, const Tensor& x) {
 
 Results forward(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
                 bool interleave) {
-  const Call c = check(x, v, u, bias, n, interleave);
-  const int device = c.kind.device_index;
+  const Call s = check(x, v, u, bias, n, interleave);
+  const int device = s.kind.device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Arguments in(x, v, u, bias);
   const Gpu gpu = gpu_of(device);
-  Problem problem{c.m, c.n, c.k, c.r, c.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count};
+  Problem problem{s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count};
   problem.is_aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
-  problem.b_in = c.b_in, problem.b_out = c.b_out, problem.interleave = interleave;
+  problem.b_in = s.b_in, problem.b_out = s.b_out, problem.interleave = interleave;
   const MonarchPlan plan = choose_monarch(problem);
-  if (c.m > 0 && plan.first.tokens == 0) {
-    auto [y, h] = library(c, in);
+  if (s.m > 0 && plan.first.tokens == 0) {
+    auto [y, h] = library(s, in);
     return {shaped_like(y, x), std::move(h)};
   }
 
-  Results results{empty_rows(in.x, c.kind, c.n), empty(c.kind, {c.b_out, c.m, c.b_in * c.r})};
-  if (c.m == 0) return results;
+  Results results{empty_rows(in.x, s.kind, s.n), empty(s.kind, {s.b_out, s.m, s.b_in * s.r})};
+  if (s.m == 0) return results;
   batched_calls.count();
   auto& [y, h] = results;
   const auto size = [](int64_t value) { return static_cast<int>(value); };
   const MonarchOperands operands{elements(in.x), elements(in.v), elements(in.u), in.bias ? elements(*in.bias) : nullptr,
                                  static_cast<uint16_t*>(h.mutable_data_ptr()), static_cast<uint16_t*>(y.mutable_data_ptr()),
-                                 {size(c.m), size(c.n), size(c.k), size(c.b_in), size(c.b_out), size(c.r), interleave}};
-  check_launch("monarch", launch_monarch(plan, operands, c.dtype, current_cuda_stream(device)), gpu.arch);
+                                 {size(s.m), size(s.n), size(s.k), size(s.b_in), size(s.b_out), size(s.r), interleave}};
+  check_launch("monarch", launch_monarch(plan, operands, s.dtype, current_cuda_stream(device)), gpu.arch);
   return results;
 }
 
