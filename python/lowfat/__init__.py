@@ -3,14 +3,15 @@ from ._native import build_info, kernels
 from .blocks import Blocks, group_blocks, ungroup_blocks
 from .calibrate import Calibration, calibrate
 from .checkpoint import export_dense, load, save
+from .compare import compare
 from .evaluate import evaluate
 from .factorize import Report, factorize
 from .ops import low_rank
 from .plan import Choice, Plan, plan
 from .recovery import finetune
 from .stats import Stats
-from .structures import LowRank, LowRankGroup
+from .structures import LowRank, LowRankGroup, Monarch
 
-__all__ = ["Blocks", "Calibration", "Choice", "LowRank", "LowRankGroup", "Plan", "Report", "Stats", "build_info",
-           "calibrate", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "kernels", "load",
+__all__ = ["Blocks", "Calibration", "Choice", "LowRank", "LowRankGroup", "Monarch", "Plan", "Report", "Stats", "build_info",
+           "calibrate", "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "kernels", "load",
            "low_rank", "plan", "save", "ungroup_blocks"]

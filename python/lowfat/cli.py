@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from functools import partial
@@ -14,12 +15,14 @@ import typer
 
 from . import hub
 from .bench.shapes import MODELS
+from .compare.grid import RECOVERIES
 from .data import TASKS, read_rows
 from .demo import ENCODER, encoder_folder
 from .errors import ArgumentError, DeviceError, LowfatError
-from .methods import METHODS
+from .methods import METHODS, named
 from .plan import POLICIES
-from .show import bar, print_json, show_bench, show_demo, show_doctor, show_numbers, show_report, show_spectra, show_training
+from .show import (bar, print_json, show_bench, show_comparison, show_demo, show_doctor, show_numbers, show_report,
+                   show_spectra, show_training)
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy inside newer typers
 
@@ -113,7 +116,7 @@ def factorize(
     where, rows = device_of(device), calibrate and first(read_rows(calibrate), samples)
     with bar("opening") as tell:
         report = factorize_folder(model_folder(model), out_folder, method=method, ratio=ratio, policy=policy,
-                                  layers=layers or None, arguments=named(arguments or []), rows=rows, task=task, batch_size=batch_size,
+                                  layers=layers or None, arguments=named("--set", arguments or []), rows=rows, task=task, batch_size=batch_size,
                                   max_length=max_length, device=where, overwrite=overwrite,
                                   on_progress=lambda phase, done, total, what: tell(done, total, phase))
     print_json(report.to_json()) if as_json else show_report(report, out_folder)
@@ -171,6 +174,42 @@ def evaluate(
         found = judge(opened.to(dtype_of(dtype, opened.dtype)), rows, tokenizer, task=task, batch_size=batch_size,
                       max_length=max_length, on_progress=tell)
     print_json(found) if as_json else show_numbers(found)
+
+
+@app.command(short_help="Which method is worth it, on one's own model and data.")
+def compare(
+    model: Model, out_folder: Out,
+    train: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
+    data: Annotated[Path, typer.Option(metavar="TEXTS", help="Judged on these, never trained on.", show_default=False)],
+    methods: Annotated[str, typer.Option(metavar="NAME,...", show_default=False,
+                                         help="As of factorize, or monarch:blocks=8.")] = "svd,block_low_rank,monarch",
+    ratios: Annotated[str, typer.Option(metavar="SHARE,...", help="Parameters kept.")] = "0.5,0.25",
+    recoveries: Annotated[str, typer.Option(metavar="NAME,...", show_default=False, help=f"{', '.join(RECOVERIES)}.")
+                          ] = "none,finetune",
+    learning_rates: Annotated[str, typer.Option(metavar="RATE,...", help="Of each training.")] = "1e-4",
+    seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each training.")] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 150,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Models at a time.")] = 1,
+    distill: Annotated[bool, typer.Option("--distill", help="Train towards MODEL's outputs.")] = False,
+    task: Task = None, max_length: MaxLength = None, device: Device = "auto", overwrite: Overwrite = False,
+) -> None:
+    """Makes MODEL smaller by every method at every ratio, trains each in every way, judges all on the same texts: a table, a
+    picture and JSON in the folder OUT. Killed, the same command continues.
+
+    \b
+    Example:  lowfat compare all-MiniLM-L6-v2 table --seeds 1 --steps 20 \\
+                  --train lowfat-demo/texts.jsonl --data lowfat-demo/test.jsonl
+    """
+    from .compare import compare as job
+
+    where, rows, judged = device_of(device), read_rows(train), read_rows(data)
+    with bar("opening") as tell:
+        found = job(model_folder(model), rows, judged, out=out_folder, methods=listed(methods),
+                    ratios=numbers("--ratios", ratios), recoveries=listed(recoveries),
+                    learning_rates=numbers("--learning-rates", learning_rates), seeds=seeds, steps=steps,
+                    task=task, max_length=max_length, distill=distill, jobs=jobs, device=where, overwrite=overwrite,
+                    on_progress=partial(tell, of_all=True))
+    show_comparison(found, out_folder)
 
 
 @app.command(short_help="Singular values of each layer, before or after.")
@@ -283,18 +322,16 @@ def check_file(path: Path) -> None:
         raise ArgumentError(f"{path}: cannot be written")
 
 
-def named(arguments: list[str]) -> dict:
-    """{"blocks": 8} of ["blocks=8"]: values are JSON, or else words."""
-    found = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or not name:
-            raise ArgumentError(f"--set needs NAME=VALUE like blocks=8; found {argument!r}")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-    return found
+def listed(text: str) -> list[str]:
+    """The values of an option, commas between them; those inside brackets are of a value."""
+    return re.split(r",(?![^\[]*\])", text)
+
+
+def numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(value) for value in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"{option} must be numbers with commas between them; found {text!r}") from None
 
 
 def first(rows: list[dict], samples: int | None) -> list[dict]:

@@ -44,7 +44,7 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     max_length = None if rows is None else fitting(max_length, model)  # as it is used, said or not
     options = {"method": method, "arguments": arguments, "ratio": ratio, "policy": policy, "layers": layers, "task": task,
                "batch_size": batch_size, "max_length": max_length}
-    fingerprint = {"model": _files(folder), "rows": progress.json_digest(rows), "options": options}
+    fingerprint = {"model": file_digests(folder), "rows": progress.json_digest(rows), "options": options}
     fingerprint |= progress.environment(torch.device(device))
     storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
     plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
@@ -147,7 +147,7 @@ def _check_options(method: str, arguments: dict, policy: str, rows) -> frozenset
     return needs
 
 
-def _files(folder: Path) -> dict[str, str]:
+def file_digests(folder: Path) -> dict[str, str]:
     """Digest of every file that the model is made of."""
     if not folder.is_dir():
         raise ArgumentError(f"{folder}: no such folder")

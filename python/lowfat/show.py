@@ -192,6 +192,18 @@ def _show_race(rows: list[dict], title: str) -> None:
                   f"{row['of_floor']:.0%}") for row in rows], title=title)
 
 
+def show_comparison(found: dict, folder: Path) -> None:
+    from .compare.summary import COLUMNS, findings, texts
+
+    about = found["about"]
+    shown = ("method", "ratio", "recovery", "learning_rate", "mean", "spread", "collapsed", "many")
+    out.print(f"{about['score']} on {about['test_rows']:,} texts, {about['steps']} steps; chance {about['chance']:.3f}")
+    print_table(tuple(COLUMNS[name] for name in shown), [tuple(row[name] for name in shown) for row in texts(found)], title="")
+    for line in findings(found):
+        out.print(line, soft_wrap=True)
+    out.print(f"table, picture and numbers: {folder}", soft_wrap=True)
+
+
 def show_doctor(known: dict, summary: str, advice: list[str]) -> None:
     build, cpu, cuda = known["build"], known["cpu"], known["cuda"]
     rows = [("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in known["versions"].items())),

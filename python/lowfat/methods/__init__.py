@@ -4,7 +4,8 @@ factorize(weight, bias, stats, *, rank, **arguments) -> (Structure, events)   in
 losses(weight, stats, **arguments) -> [most + 1]   what is lost, in the method's own squared metric, at each rank
 size(k, n, **arguments) -> (unit, most)   parameters that one more rank costs, and the largest rank
 """
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ArgumentError, LowfatError
@@ -54,3 +55,17 @@ def check_arguments(method: Any, arguments: dict[str, Any]) -> Method:
             raise ArgumentError(f"{method}: {name} must be one of {', '.join(map(repr, allowed[name]))}; found {value!r}")
     found = METHODS[method]
     return found._replace(needs=found.needs(**arguments)) if callable(found.needs) else found
+
+
+def named(what: str, settings: Sequence[str]) -> dict[str, Any]:
+    """{"blocks": 8} of ["blocks=8"]: values are JSON, or else words. ArgumentError says `what` needs them like this."""
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise ArgumentError(f"{what} needs NAME=VALUE like blocks=8; found {setting!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found

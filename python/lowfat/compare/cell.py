@@ -1,0 +1,101 @@
+"""One cell: a model is opened, made smaller, trained, and judged on texts that it was not trained on."""
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..calibrate import calibrate
+from ..data import batches
+from ..errors import NumericsError
+from ..evaluate import evaluate
+from ..factorize import factorize
+from ..job import open_model
+from ..methods import check_arguments
+from ..model_inputs import padding
+from ..plan import plan
+from ..recovery import finetune
+from .grid import Cell
+
+SCORES = {"classification": "accuracy", "embedding": "mrr", "lm": "nats_per_token"}  # the last: less is better
+CALIBRATION_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all cells share; sent to other processes."""
+    folder: Path
+    train: Sequence[Mapping]
+    test: Sequence[Mapping]
+    states: Path  # of what is finished
+    task: str
+    steps: int
+    batch_size: int
+    max_length: int
+    policy: str
+    layers: Sequence[str] | None
+    calibration_rows: int
+    distill: bool
+    autocast: bool | str
+    device: str
+
+
+def run(job: Job, cell: Cell, on_progress=None) -> dict:
+    """The numbers of a cell. Killed, the training of the same call goes on where its last state was kept."""
+    started = time.monotonic()
+    model, tokenizer = open_model(job.folder, task=job.task, device=job.device)
+    kept, steps, failed, found = 1.0, 0, "", {}
+    try:
+        if cell.method is not None:
+            kept, steps = _made(job, cell, model, tokenizer, on_progress)
+        found = evaluate(model, job.test, tokenizer, task=job.task, max_length=job.max_length)
+    except NumericsError as error:  # a training that diverged is a result too
+        failed = str(error)
+    score = found.get(SCORES[job.task], math.nan)
+    return {"method": cell.label, "ratio": cell.ratio, "kept": kept, "recovery": cell.recovery,
+            "learning_rate": cell.learning_rate, "seed": cell.seed, "steps": steps,
+            "score": score if math.isfinite(score) else None, "failed": failed, "numbers": found,
+            "seconds": round(time.monotonic() - started, 1)}
+
+
+def model_of(job: Job, cell: Cell):
+    """(model, tokenizer) of a cell, not trained."""
+    model, tokenizer = open_model(job.folder, task=job.task, device=job.device)
+    if cell.method is not None:
+        _factorized(job, cell, model, tokenizer)
+    return model, tokenizer
+
+
+def statistics(job: Job, cell: Cell, model, tokenizer):
+    """What the method needs to have seen, None where it needs nothing; gathered once for all cells that need the same."""
+    arguments = cell.settings
+    needs = check_arguments(cell.method, arguments).needs
+    if not needs:
+        return None
+    fisher = ("elements" if arguments.get("exact") else "sums") if "fisher" in needs else False
+    found = batches(job.train[:job.calibration_rows], tokenizer, job.task, batch_size=CALIBRATION_BATCH,
+                    max_length=job.max_length, labels=bool(fisher), label2id=model.config.label2id, device=model.device)
+    with padding(tokenizer, job.task, model):
+        return calibrate(model, found, layers=job.layers, fisher=fisher,
+                         out=job.states / f"calibration-{fisher or 'gram'}")
+
+
+def _factorized(job: Job, cell: Cell, model, tokenizer) -> float:
+    """The share of parameters that is kept."""
+    stats = statistics(job, cell, model, tokenizer)
+    choices = plan(model, method=cell.method, ratio=cell.ratio, policy=job.policy, layers=job.layers,
+                   arguments=cell.settings, stats=stats)
+    return factorize(model, choices, stats).ratio
+
+
+def _made(job: Job, cell: Cell, model, tokenizer, on_progress) -> tuple[float, int]:
+    """(share of parameters kept, training steps done)"""
+    if cell.recovery == "none":
+        return _factorized(job, cell, model, tokenizer), 0
+    teacher = open_model(job.folder, task=job.task, device=job.device)[0] if job.distill else None
+    training = {"tokenizer": tokenizer, "task": job.task, "teacher": teacher, "steps": job.steps,
+                "learning_rate": cell.learning_rate, "batch_size": job.batch_size, "max_length": job.max_length,
+                "autocast": job.autocast, "seed": cell.seed, "out": job.states / f"{cell.name}.model", "overwrite": True,
+                "on_progress": on_progress}
+    kept = _factorized(job, cell, model, tokenizer)
+    return kept, finetune(model, job.train, **training).steps
