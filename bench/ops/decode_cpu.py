@@ -1,34 +1,42 @@
-"""low_rank decode on the CPU against two F.linear of torch: `python bench/ops/low_rank.py --out bench/results/low_rank_cpu`.
+"""Decode of an op on the CPU against torch's products: `python bench/ops/decode_cpu.py monarch --out bench/results/monarch_cpu`.
 
-Writes OUT.json and OUT.md. Each row is one of `lowfat bench low_rank`: one shape, dtype and m; medians over pairs of
-neighbouring calls in one process, on weights that were not read for twice the last-level cache; beside them a pure read of the
-same number of bytes, and the dense layer. What this script adds are the targets."""
+Writes OUT.json and OUT.md. Each row is one of `lowfat bench OP`: one shape, dtype and m; medians over pairs of neighbouring
+calls in one process, on weights that were not read for twice the last-level cache; beside them a pure read of the same number
+of bytes, and the dense layer. What this script adds are the targets."""
 import argparse
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lowfat.bench import low_rank
 from lowfat.bench.measure import measure
-from lowfat.bench.shapes import layers
+from lowfat.bench.monarch import Monarch
+from lowfat.bench.shapes import Layer, layers
 from lowfat.bench.timing import Pool, header, markdown
 
-LAYERS = layers("4096:4096:512,4096:14336:1024,768:3072:192,384:1536:96")
 ROWS = (1, 4, 8, 16)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TARGETS = {"bfloat16": 2.2, "float32": 1.7}  # times two F.linear, geometric mean over the shapes at m = 1, 4, 8
-COLUMNS = {"shape": "k → n, r", "m": "m", "ran": "ran", "us": "low_rank µs", "pair_us": "two F.linear µs",
+COLUMNS = {"shape": "k → n, r", "m": "m", "ran": "ran", "us": "µs", "pair_us": "torch's products µs",
            "faster": "× faster", "quartiles": "quartiles", "gb_per_s": "GB/s", "read": "of a pure read",
            "dense_us": "dense F.linear µs", "gates": "gates"}
 
 
-def summary(rows: list[dict]) -> dict:
-    """The targets of this bench, each with what was found; and what a kernel would reach that did nothing but read."""
+@dataclass(frozen=True)
+class Bench:
+    cases: Sequence[tuple[Any, Layer]]  # (the op as `lowfat bench` races it, a layer)
+    peer: str
+    targets: Callable[[list[dict]], dict[str, dict]]
+
+
+def low_rank_targets(rows: list[dict]) -> dict[str, dict]:
     found = {}
-    for dtype, target in TARGETS.items():
+    for dtype, target in {"bfloat16": 2.2, "float32": 1.7}.items():
         mine = [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
         found[f"{dtype}: times faster than two F.linear, geometric mean at m = 1, 4, 8"] = {
             "found": geometric_mean([row["faster"] for row in mine]), "at_least": target,
@@ -37,7 +45,35 @@ def summary(rows: list[dict]) -> dict:
     found["share of a pure read's bandwidth at m = 1, k = 4096, least"] = {"found": min(large, default=math.nan), "at_least": 0.75}
     slow = [row["faster"] for row in rows if row["pair_us"] > 20]
     found["times two F.linear where those take over 20 us, least"] = {"found": min(slow, default=math.nan), "at_least": 0.97}
-    return {name: one | {"met": one["found"] >= one["at_least"]} for name, one in found.items()}
+    return found
+
+
+def monarch_targets(rows: list[dict]) -> dict[str, dict]:
+    found = {}
+    for dtype in DTYPES:
+        mine = [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
+        least = min(mine, key=lambda row: row["faster"], default=None)
+        if least:
+            found[f"{dtype}: times faster than the bmm chain at m = 1, 4, 8, least ({shape(least)}, m = {least['m']})"] = {
+                "found": least["faster"], "at_least": 2, "pure_read": least["pair_us"] / least["floor_us"]}
+    return found
+
+
+def on_layers(raced, sizes: str) -> list[tuple[Any, Layer]]:
+    return [(raced, layer) for layer in layers(sizes, blocks=getattr(raced, "blocks", 1))]
+
+
+BENCHES = {
+    "low_rank": Bench(on_layers(low_rank, "4096:4096:512,4096:14336:1024,768:3072:192,384:1536:96"), "two `F.linear`",
+                      low_rank_targets),
+    "monarch": Bench(on_layers(Monarch(64), "4096:4096:1") + on_layers(Monarch(32), "4096:4096:4,1024:1024:1"),
+                     "two `torch.bmm` with the permutations between them", monarch_targets),
+}
+
+
+def summary(bench: Bench, rows: list[dict]) -> dict:
+    """The targets of this bench, each with what was found; and what a kernel would reach that did nothing but read."""
+    return {name: one | {"met": one["found"] >= one["at_least"]} for name, one in bench.targets(rows).items()}
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -49,13 +85,13 @@ def verdict(one: dict) -> str:
     return words + (f"; a pure read of the factors {one['pure_read']:.2f}" if "pure_read" in one else "")
 
 
-def report(result: dict) -> str:
+def report(op: str, result: dict) -> str:
     about = result["header"]
-    text = ["# low_rank decode on the CPU against two `F.linear`", "",
+    text = [f"# {op}: decode on the CPU against {BENCHES[op].peer}", "",
             f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread(s), load {about['load'][0]} at the start; "
             f"torch {about['torch']}, lowfat {about['lowfat']} ({about['compiler']}), level {about['level']}; "
             f"{about['date']}. Medians of one process; × faster is the median over pairs of neighbouring calls. Weights come "
-            "from memory: a pool of over twice the last-level cache goes around. Made by `python bench/ops/low_rank.py`.", ""]
+            f"from memory: a pool of over twice the last-level cache goes around. Made by `python bench/ops/decode_cpu.py {op}`.", ""]
     for dtype in DTYPES:
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
         if rows:
@@ -66,8 +102,12 @@ def report(result: dict) -> str:
     return "\n".join(text) + "\n"
 
 
+def shape(row: dict) -> str:
+    return f"{row['k']} → {row['n']}, {row['r']}" + (f" in {row['blocks']} blocks" if "blocks" in row else "")
+
+
 def in_words(row: dict) -> dict:
-    return row | {"shape": f"{row['k']} → {row['n']}, {row['r']}", "us": f"{row['us']:.0f}",
+    return row | {"shape": shape(row), "us": f"{row['us']:.0f}",
                   "pair_us": f"{row['pair_us']:.0f}", "dense_us": f"{row['dense_us']:.0f}", "read": f"{row['of_floor']:.2f}",
                   "faster": f"{row['faster']:.2f}", "quartiles": f"{row['faster_low']:.2f}–{row['faster_high']:.2f}",
                   "gb_per_s": f"{row['gb_per_s']:.1f}",
@@ -77,6 +117,7 @@ def in_words(row: dict) -> dict:
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=list(BENCHES))
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long each candidate of a row runs")
@@ -87,16 +128,19 @@ def main() -> int:
     torch.manual_seed(0)
 
     result = {"header": header(options.threads), "rows": []}
+    bench = BENCHES[options.op]
     for dtype in options.dtypes:
-        pool = Pool(DTYPES[dtype], low_rank.SCALE)
-        for layer in LAYERS:
+        for raced, layer in bench.cases:
+            pool = Pool(DTYPES[dtype], raced.SCALE)
             for m in options.rows:
-                row = measure(low_rank, pool, layer, m, options.seconds)
+                row = measure(raced, pool, layer, m, options.seconds)
+                if hasattr(raced, "blocks"):
+                    row["blocks"] = raced.blocks
                 result["rows"].append(row)
                 shown = in_words(row)
                 print(dtype, *(f"{key}={shown[key]}" for key in COLUMNS), flush=True)
-    result["summary"] = summary(result["rows"])
-    text = report(result)
+    result["summary"] = summary(bench, result["rows"])
+    text = report(options.op, result)
     print("\n" + text[text.index("## Targets"):])
     if options.out:
         options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
