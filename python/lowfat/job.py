@@ -7,16 +7,14 @@ from pathlib import Path
 import torch
 
 from . import progress, storage
-from .calibrate import calibrate
 from .checkpoint import load, save
-from .data import batches, task_for, task_of
+from .data import task_for, task_of
 from .errors import ArgumentError, IntegrityError, LowfatError, StorageError
-from .factorize import Report, check_weights, factorize
-from .layers import factorizable
+from .factorize import Report, factorize
 from .manifest import digest
-from .methods import METHODS, check_arguments
-from .model_inputs import fitting, padding
-from .plan import POLICIES, Plan, ladders_of, plan
+from .method_inputs import check_fit, needs_of, stats_for, texts_for
+from .model_inputs import fitting
+from .plan import Plan, plan
 from .pooling import pooling_files
 
 log = logging.getLogger("lowfat")
@@ -38,7 +36,9 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     moment, continues and writes the same bits. on_progress(phase, done, total, what), phase "calibrate" or "factorize".
     LowfatError, before any work, for everything that can be known by then."""
     folder, out, arguments = Path(folder), Path(out), dict(arguments or {})
-    needs, states = _check_options(method, arguments, policy, rows), out.parent / f".{out.name}.progress"
+    needs, states = needs_of(method, arguments, policy), out.parent / f".{out.name}.progress"
+    if needs and rows is None:
+        raise ArgumentError(f"{method} needs texts to calibrate on (--calibrate)")
     storage.check_target(out, overwrite or states.exists())  # before a long look at the model
     model, tokenizer = open_model(folder, task=task, device=device, reads_text=rows is not None)
     max_length = None if rows is None else fitting(max_length, model)  # as it is used, said or not
@@ -47,15 +47,14 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     fingerprint = {"model": file_digests(folder), "rows": progress.json_digest(rows), "options": options}
     fingerprint |= progress.environment(torch.device(device))
     storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
-    plan(model, method="svd", ratio=ratio, layers=layers)  # quick: refuses a bad ratio or pattern before the long part
-    ladders_of(check_arguments(method, arguments), factorizable(model, layers), arguments)
-    check_weights(factorizable(model, layers))
-    data = None if rows is None else _batches(model, tokenizer, rows, task_for(model, task), needs, batch_size, max_length)
+    check_fit(model, method=method, arguments=arguments, ratio=ratio, layers=layers)
+    task = task_for(model, task)
+    data = None if rows is None else texts_for(needs, model, tokenizer, rows, task, batch_size=batch_size,
+                                               max_length=max_length)
     with progress.opened(states, fingerprint):
         try:
-            stats = data and _calibrate(model, tokenizer, data, task_for(model, task), layers=layers,
-                                        fisher=_fisher(needs, arguments), out=states / "calibration",
-                                        on_progress=_phase(on_progress, "calibrate"))
+            stats = data and stats_for(needs, arguments, model, tokenizer, data, task, layers=layers,
+                                       out=states / "calibration", on_progress=_phase(on_progress, "calibrate"))
             storage.stage("calibrated")
             choices = _plan(states / "plan.json", model, method=method, ratio=ratio, policy=policy, stats=stats,
                             layers=layers, arguments=arguments)
@@ -137,40 +136,12 @@ def _encoder(folder: Path, name: str, model, missing: list[str]):
     return model, [key for key in missing if key not in poolers]
 
 
-def _check_options(method: str, arguments: dict, policy: str, rows) -> frozenset[str]:
-    """What the method needs to see."""
-    needs = check_arguments(method, arguments).needs
-    if policy not in POLICIES:
-        raise ArgumentError(f"policy must be one of {', '.join(POLICIES)}; found {policy!r}")
-    if needs and rows is None:
-        raise ArgumentError(f"{method} needs texts to calibrate on (--calibrate)")
-    return needs
-
-
 def file_digests(folder: Path) -> dict[str, str]:
     """Digest of every file that the model is made of."""
     if not folder.is_dir():
         raise ArgumentError(f"{folder}: no such folder")
     found = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in _MODEL_FILES and path.is_file()}
     return {name: digest(path) for name, path in (found | pooling_files(folder)).items()}
-
-
-def _batches(model, tokenizer, rows, task: str, needs, batch_size: int, max_length: int) -> list[dict]:
-    if "fisher" in needs and task == "embedding":
-        raise ArgumentError("Fisher information needs a task with a loss, classification or lm; this model makes embeddings")
-    return batches(rows, tokenizer, task, batch_size=batch_size, max_length=max_length,
-                   labels="fisher" in needs, label2id=model.config.label2id, device=model.device)
-
-
-def _calibrate(model, tokenizer, data: list[dict], task: str, **options):
-    with padding(tokenizer, task, model):
-        return calibrate(model, data, **options)
-
-
-def _fisher(needs, arguments: Mapping) -> str | bool:
-    if "fisher" not in needs:
-        return False
-    return "elements" if arguments.get("exact") else "sums"
 
 
 def _phase(on_progress, phase: str):
