@@ -1,6 +1,6 @@
 """A Trainer that keeps its state in safetensors and JSON instead of pickles, and resumes from it bit for bit.
 
-Imported inside finetune() only, because it brings transformers."""
+Imported inside functions only, because it brings transformers."""
 import dataclasses
 import math
 import os
@@ -23,20 +23,28 @@ TENSORS, STATE, TRAINER = "state.safetensors", "state.json", "trainer_state.json
 
 
 class ResumableTrainer(Trainer):
-    """states: the folder that gets one subfolder per saved step, of which the newest complete one stays."""
+    """states: the folder that gets one subfolder per saved step, of which the newest complete one stays.
 
-    def __init__(self, *args, states: Path | None = None, **kwargs):
+    start: steps of the run before this phase of it. moments: what moments_of() said at their end."""
+
+    def __init__(self, *args, states: Path | None, start: int, moments: dict[str, torch.Tensor] | None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.states = states
+        self.states, self.start, self.moments = states, start, moments
         self.remove_callback(PrinterCallback)
 
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.moments:
+            restore_optimizer(self.model, optimizer, self.moments, optimizer.state_dict()["param_groups"])
+        return optimizer
+
     def log(self, logs, start_time=None):
-        loss = logs.get("loss")
+        loss, step = logs.get("loss"), self.start + self.state.global_step
         if loss is None:
-            return  # the summary at the end, which finetune() writes itself
+            return  # the summary at the end, which is written elsewhere
         if not math.isfinite(loss):
-            raise NumericsError(f"training loss {loss} at step {self.state.global_step}; needs a smaller learning_rate")
-        self.state.log_history.append({"step": self.state.global_step, "loss": loss})
+            raise NumericsError(f"training loss {loss} at step {step}; needs a smaller learning_rate")
+        self.state.log_history.append({"step": step, "loss": loss})
 
     def _save_checkpoint(self, model, trial):
         target = self.states / f"step-{self.state.global_step:08d}"
@@ -59,7 +67,7 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
             state = read_json(Path(checkpoint) / STATE)
-            restore_optimizer(self.optimizer, self._tensors(checkpoint), state["optimizer"])
+            restore_optimizer(self.model, self.optimizer, self._tensors(checkpoint), state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint):
@@ -71,19 +79,20 @@ class ResumableTrainer(Trainer):
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells on_progress(step, steps, what) after every step."""
+    """Tells on_progress(step, steps, what) after every step of a phase, in steps of the whole run."""
 
-    def __init__(self, on_progress):
-        self.on_progress = on_progress
+    def __init__(self, on_progress, phase):
+        self.on_progress, self.phase = on_progress, phase
 
     def on_train_begin(self, args, state, control, **kwargs):
-        state.resumed_from = state.global_step
+        state.resumed_from = self.phase.start + state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
-        storage.stage(f"step {state.global_step}")
+        step = self.phase.start + state.global_step
+        storage.stage(f"step {step}")
         if self.on_progress:
             loss = f", loss {state.log_history[-1]['loss']:.3f}" if state.log_history else ""
-            self.on_progress(state.global_step, state.max_steps, f"training{loss}")
+            self.on_progress(step, self.phase.total, f"{self.phase.what}{loss}")
 
 
 @contextmanager
@@ -109,11 +118,26 @@ def newest_state(states: Path) -> Path | None:
 def training_state(model, optimizer, scheduler) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, JSON) of everything that training from here on depends on."""
     tensors, rng = rng_state()
-    tensors |= {f"model.{name}": tensor.detach() for name, tensor in _stored(model)}
-    found = optimizer.state_dict()
-    for index, state in found["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
-    return tensors, {"optimizer": found["param_groups"], "scheduler": scheduler.state_dict(), "rng": rng}
+    tensors |= model_tensors(model) | moments_of(model, optimizer)
+    return tensors, {"optimizer": optimizer.state_dict()["param_groups"], "scheduler": scheduler.state_dict(), "rng": rng}
+
+
+def model_tensors(model) -> dict[str, torch.Tensor]:
+    """{"model.NAME": tensor}, as restore_model() takes them back; not copies."""
+    return {f"model.{name}": tensor.detach() for name, tensor in _stored(model)}
+
+
+def moments_of(model, optimizer) -> dict[str, torch.Tensor]:
+    """{"optimizer.NAME.KEY": tensor} by the parameter's name: its number changes when layers are replaced; not copies."""
+    names = _names(model, optimizer)
+    return {f"optimizer.{names[index]}.{key}": value for index, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()}
+
+
+def _names(model, optimizer) -> list[str]:
+    """Of the parameters, in the optimizer's order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _stored(model):
@@ -129,12 +153,14 @@ def restore_model(model, tensors: dict[str, torch.Tensor]) -> None:
         tensor.copy_(tensors[f"model.{name}"])
 
 
-def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
-    state = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = tensor.clone()  # not a view of the file, which is removed later
+def restore_optimizer(model, optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
+    """The moments of every parameter of the model that they are there for; the others start without."""
+    state, numbers = {}, {name: number for number, name in enumerate(_names(model, optimizer))}
+    for full, tensor in tensors.items():
+        name, _, key = full.removeprefix("optimizer.").rpartition(".")
+        if full.startswith("optimizer.") and name in numbers:
+            # a copy: neither a view of the file, which is removed later, nor of what a second attempt starts from
+            state.setdefault(numbers[name], {})[key] = tensor.clone()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
