@@ -79,7 +79,7 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
     Raises before any layer changes: ArgumentError or ShapeError for a plan that does not fit the model or the stats,
     NumericsError for a weight with NaN or infinity."""
     modules = _checked(model, plan, stats)
-    left_alone = _left_alone(model, plan)
+    others = left_alone(model, plan)
     if resume is None:
         report = _factorize(model, modules, plan, stats, None, on_progress)
     else:
@@ -89,7 +89,7 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
         from .checkpoint import attach
 
         attach(model)
-    report.skipped, report.blocks = left_alone, group_blocks(model)
+    report.skipped, report.blocks = others, group_blocks(model)
     return report
 
 
@@ -99,7 +99,8 @@ def _is_hugging_face(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
-def _left_alone(model: nn.Module, plan: Mapping) -> dict[str, str]:
+def left_alone(model: nn.Module, plan: Mapping) -> dict[str, str]:
+    """Every weight matrix that is not in the plan, and why."""
     others = dict.fromkeys(factorizable(model, ["*"]), "not in the plan") | skipped(model)
     return {name: reason for name, reason in others.items() if name not in plan}
 

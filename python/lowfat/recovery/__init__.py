@@ -1,2 +1,3 @@
 """Training that wins quality back: one file per strategy."""
 from .finetune import finetune
+from .staged import staged

@@ -22,6 +22,15 @@ class Objective(nn.Module):
         self._teacher = (teacher,)  # a tuple hides it: no submodule, so neither train() nor the optimizer reaches it
 
     def forward(self, **batch) -> dict[str, torch.Tensor]:
+        return {"loss": self._loss(*self._compared(batch))}
+
+    def blank_loss(self, **batch) -> torch.Tensor:
+        """The loss of a model that answers zeros, so knows nothing: every class or token as likely, no embedding at all."""
+        found, *others = self._compared(batch)
+        return self._loss(torch.zeros_like(found), *others)
+
+    def _compared(self, batch) -> tuple:
+        """(answers, those of the teacher, labels, attention mask)"""
         device = self.student.device
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels", None)
@@ -29,7 +38,7 @@ class Objective(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             found = out(self.student, batch).float()
             wanted = self._wanted(out, batch)
-        return {"loss": self._loss(found, wanted, labels, batch["attention_mask"])}
+        return found, wanted, labels, batch["attention_mask"]
 
     def _embedding(self, model, batch) -> torch.Tensor:
         return pooled(model, batch, self.pooling)
