@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..calibrate import calibrate
-from ..data import batches
 from ..errors import NumericsError
 from ..evaluate import evaluate
 from ..factorize import factorize
 from ..job import open_model
-from ..methods import check_arguments
-from ..model_inputs import padding
+from ..method_inputs import needs_of, stats_for, texts_for
 from ..plan import plan
-from ..recovery import finetune
+from ..recovery import finetune, staged
 from .grid import Cell
 
 SCORES = {"classification": "accuracy", "embedding": "mrr", "lm": "nats_per_token"}  # the last: less is better
@@ -68,16 +65,14 @@ def model_of(job: Job, cell: Cell):
 
 def statistics(job: Job, cell: Cell, model, tokenizer):
     """What the method needs to have seen, None where it needs nothing; gathered once for all cells that need the same."""
-    arguments = cell.settings
-    needs = check_arguments(cell.method, arguments).needs
+    needs, arguments = needs_of(cell.method, cell.settings, job.policy), cell.settings
     if not needs:
         return None
-    fisher = ("elements" if arguments.get("exact") else "sums") if "fisher" in needs else False
-    found = batches(job.train[:job.calibration_rows], tokenizer, job.task, batch_size=CALIBRATION_BATCH,
-                    max_length=job.max_length, labels=bool(fisher), label2id=model.config.label2id, device=model.device)
-    with padding(tokenizer, job.task, model):
-        return calibrate(model, found, layers=job.layers, fisher=fisher,
-                         out=job.states / f"calibration-{fisher or 'gram'}")
+    found = texts_for(needs, model, tokenizer, job.train[:job.calibration_rows], job.task, batch_size=CALIBRATION_BATCH,
+                      max_length=job.max_length)
+    kind = "-".join(sorted(needs)) + ("-exact" if arguments.get("exact") else "")
+    return stats_for(needs, arguments, model, tokenizer, found, job.task, layers=job.layers,
+                     out=job.states / f"calibration-{kind}")
 
 
 def _factorized(job: Job, cell: Cell, model, tokenizer) -> float:
@@ -97,5 +92,9 @@ def _made(job: Job, cell: Cell, model, tokenizer, on_progress) -> tuple[float, i
                 "learning_rate": cell.learning_rate, "batch_size": job.batch_size, "max_length": job.max_length,
                 "autocast": job.autocast, "seed": cell.seed, "out": job.states / f"{cell.name}.model", "overwrite": True,
                 "on_progress": on_progress}
-    kept = _factorized(job, cell, model, tokenizer)
-    return kept, finetune(model, job.train, **training).steps
+    if cell.recovery == "finetune":
+        kept = _factorized(job, cell, model, tokenizer)
+        return kept, finetune(model, job.train, **training).steps
+    report = staged(model, job.train, method=cell.method, ratio=cell.ratio, policy=job.policy, layers=job.layers,
+                    arguments=cell.settings, calibration_rows=job.calibration_rows, **training)
+    return report.factorized.ratio, report.steps

@@ -15,12 +15,9 @@ from ..bench.timing import header
 from ..data import task_for
 from ..errors import ArgumentError
 from ..evaluate import judged
-from ..factorize import check_weights
 from ..job import file_digests, open_model
-from ..layers import factorizable
-from ..methods import check_arguments
+from ..method_inputs import check_fit, needs_of
 from ..model_inputs import fitting
-from ..plan import POLICIES, ladders_of
 from ..strict_json import read_json
 from .cell import SCORES, Job, run, statistics
 from .grid import Cell, grid
@@ -49,7 +46,7 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
     cells = grid(methods, ratios, recoveries, learning_rates, seeds)
     folder, out, device = Path(folder), Path(out), torch.device(device)
     storage.check_target(out, overwrite)
-    _check(device, policy, steps=steps, batch_size=batch_size, calibration_rows=calibration_rows, jobs=jobs)
+    _check(device, steps=steps, batch_size=batch_size, calibration_rows=calibration_rows, jobs=jobs)
     model, tokenizer = open_model(folder, task=task)
     task, states = task_for(model, task), out.absolute().parent / f".{out.name}.progress"
     job = Job(folder.absolute(), list(train), list(test), states, task, steps, batch_size, fitting(max_length, model),
@@ -80,24 +77,22 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
     return found
 
 
-def _check(device: torch.device, policy: str, **counts: int) -> None:
+def _check(device: torch.device, **counts: int) -> None:
     for name, count in counts.items():
         if type(count) is not int or count < 1:
             raise ArgumentError(f"{name} is {count!r}; needs a whole number, at least 1")
     if counts["jobs"] > 1 and device.type != "cpu":
         raise ArgumentError(f"jobs is {counts['jobs']}; a {device.type} device takes one cell at a time")
-    if policy not in POLICIES:
-        raise ArgumentError(f"policy must be one of {', '.join(POLICIES)}; found {policy!r}")
 
 
 def _check_model(model, tokenizer, job: Job, cells: list[Cell]) -> None:
     """Whether it can be judged on these texts, and made smaller in all these ways."""
     for rows in (job.test,) if job.task == "embedding" else (job.test, job.train):
         judged(rows, tokenizer, job.task, model, max_length=job.max_length)
-    chosen = factorizable(model, job.layers)
-    check_weights(chosen)
     for cell in cells[1:]:
-        ladders_of(check_arguments(cell.method, cell.settings), chosen, cell.settings)
+        check_fit(model, method=cell.method, arguments=cell.settings, ratio=cell.ratio, layers=job.layers)
+        if "fisher" in needs_of(cell.method, cell.settings, job.policy) and job.task == "embedding":
+            raise ArgumentError(f"{cell.label} needs a task with a loss, classification or lm; this model makes embeddings")
 
 
 def _threads(jobs: int) -> int:
