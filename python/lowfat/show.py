@@ -178,6 +178,8 @@ def show_bench(found: dict) -> None:
         out.print(f"The floor: {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, as a copy reaches, and "
                   f"{ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s, as a large product does")
     _show_race(rows, f"{name_of(about)}, {rows[0]['dtype']}: microseconds of a call, weights from memory")
+    print_wrapped("", "pair: the best composition of torch's own products. faster: its time over ours, median of neighbouring "
+                  "calls. floor: the time of a kernel that only moves the numbers, over ours.")
     if found["chains"]:
         _show_race(found["chains"], f"The same of one layer in a chain of {found['chains'][0]['layers']}")
 

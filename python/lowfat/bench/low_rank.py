@@ -10,7 +10,7 @@ from . import graphs
 from .gates import chain, failed_gates
 from .measure import calls, floor, sizes, which_ran
 from .shapes import Layer
-from .timing import Candidate, Pool, microseconds, times_faster
+from .timing import Candidate, Pool, compile_anew, microseconds, times_faster
 
 OP, MEMBERS, PEERS = "low_rank", 1, ("pair", "compiled", "dense")
 SCALE = 0.02  # of random weights
@@ -31,8 +31,7 @@ def candidates(x: Tensor, n: int, r: int, compiled: bool = False) -> dict[str, C
         "dense": Candidate(k * n, lambda slab: (slab.view(n, k),), lambda weight: linear(x, weight)),
     }
     if compiled:
-        torch.compiler.reset()  # every shape is compiled for itself
-        pair = torch.compile(lambda x, v, u: linear(linear(x, v), u), dynamic=False, mode="max-autotune-no-cudagraphs")
+        pair = compile_anew(lambda x, v, u: linear(linear(x, v), u))
         found["compiled"] = Candidate(count, factors, lambda v, u: pair(x, v, u))
     return found
 

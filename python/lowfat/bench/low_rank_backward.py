@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 from .gates import chain, failed_gates
 from .low_rank import SCALE, factors_of
 from .shapes import Layer
-from .timing import Candidate
+from .timing import Candidate, compile_anew
 
 __all__ = ["MEMBERS", "OP", "PEERS", "SCALE", "candidates", "judged", "work"]
 OP, MEMBERS, PEERS = "low_rank_backward", 1, ("pair", "compiled")
@@ -28,8 +28,7 @@ def candidates(x: Tensor, n: int, r: int, compiled: bool = False) -> dict[str, C
         "pair": Candidate(count, factors, lambda v, u: products(dy, x, h, v, u)),
     }
     if compiled:
-        torch.compiler.reset()  # every shape is compiled for itself
-        built = torch.compile(products, dynamic=False, mode="max-autotune-no-cudagraphs")
+        built = compile_anew(products)
         found["compiled"] = Candidate(count, factors, lambda v, u: built(dy, x, h, v, u))
     return found
 

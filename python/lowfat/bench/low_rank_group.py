@@ -1,6 +1,5 @@
 """low_rank_group on three layers of one shape with one input (q/k/v) against the best composition: their first factors
 stacked, then a product with each second factor."""
-import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -8,7 +7,7 @@ from ..ops import low_rank_group
 from .low_rank import SCALE
 from .low_rank import judged as judged_member
 from .shapes import Layer
-from .timing import Candidate
+from .timing import Candidate, compile_anew
 
 __all__ = ["MEMBERS", "OP", "PEERS", "SCALE", "candidates", "judged", "members_of", "stacked_then_each", "work"]
 OP, MEMBERS, PEERS = "low_rank_group", 3, ("pair", "compiled", "dense")
@@ -30,8 +29,7 @@ def candidates(x: Tensor, n: int, r: int, compiled: bool = False) -> dict[str, C
         "dense": Candidate(MEMBERS * k * n, lambda slab: (slab.view(MEMBERS * n, k),), lambda weight: linear(x, weight)),
     }
     if compiled:
-        torch.compiler.reset()  # every shape is compiled for itself
-        built = torch.compile(stacked_then_each, dynamic=False, mode="max-autotune-no-cudagraphs")
+        built = compile_anew(stacked_then_each)
         found["compiled"] = Candidate(count, factors, lambda v, u: built(x, v, u))
     return found
 

@@ -1,6 +1,5 @@
 """low_rank_swiglu, silu(gate) * up, against the best composition: first factors stacked, two second products, and silu and
 product as torch has them (compiled: in one kernel)."""
-import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -9,7 +8,7 @@ from .gates import Chain, chain, failed_gates, product_of
 from .low_rank import SCALE
 from .low_rank_group import members_of, stacked_then_each
 from .shapes import Layer
-from .timing import Candidate
+from .timing import Candidate, compile_anew
 
 __all__ = ["MEMBERS", "OP", "PEERS", "SCALE", "candidates", "judged", "work"]
 OP, MEMBERS, PEERS = "low_rank_swiglu", 2, ("pair", "compiled", "dense")
@@ -32,8 +31,7 @@ def candidates(x: Tensor, n: int, r: int, compiled: bool = False) -> dict[str, C
                            lambda weight: gated(*linear(x, weight).split(n, dim=-1))),
     }
     if compiled:
-        torch.compiler.reset()  # every shape is compiled for itself
-        built = torch.compile(composed, dynamic=False, mode="max-autotune-no-cudagraphs")
+        built = compile_anew(composed)
         found["compiled"] = Candidate(count, factors, lambda v, u: built(x, v, u))
     return found
 

@@ -9,7 +9,7 @@ from ..ops import monarch
 from ..ops.monarch import join_outputs, reference, reference_training, split_inputs, to_middle
 from .gates import Chain, failed_gates
 from .shapes import Layer
-from .timing import Candidate
+from .timing import Candidate, compile_anew
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Monarch:
             "dense": Candidate(k * n, lambda slab: (slab.view(n, k),), lambda weight: linear(x, weight)),
         }
         if compiled:
-            torch.compiler.reset()  # every shape is compiled for itself
-            built = torch.compile(products, dynamic=False, mode="max-autotune-no-cudagraphs")
+            built = compile_anew(products)
             found["compiled"] = Candidate(count, factors, lambda v, u: built(x, v, u, n))
         return found
 

@@ -69,6 +69,12 @@ class Candidate(NamedTuple):
     call: Callable[..., Tensor | list[Tensor]]  # timed; must return tensors of its own
 
 
+def compile_anew(call: Callable) -> Callable:
+    """What torch.compile makes of it, with nothing left of earlier shapes: every one is compiled for itself."""
+    torch.compiler.reset()
+    return torch.compile(call, dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
 class Timed(NamedTuple):
     us: list[float]  # one per repeat
     results: list[tuple[tuple, Tensor | list[Tensor]]]  # operands and the very buffers of the last timed calls
