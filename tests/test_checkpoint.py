@@ -16,7 +16,7 @@ from lowfat import checkpoint, storage
 from lowfat.errors import ArgumentError, IntegrityError, UnsupportedError
 from lowfat.layers import dense_weight, factorizable, replace
 from lowfat.strict_json import read_json
-from lowfat.structures import LowRank, LowRankGroup
+from lowfat.structures import LowRank, LowRankGroup, Monarch
 from lowfat.tensor_file import read_tensors
 from lowfat.validate import INDEX, WEIGHTS
 
@@ -250,6 +250,26 @@ def test_shared_layer_stays_shared(tiny_bert, tmp_path):
         assert first.v is second.v and first.u is second.u and first.bias is second.bias
     loaded.save_pretrained(tmp_path / "two")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
+def test_permuted_rows_are_kept(tiny_bert, tmp_path):
+    """Also of a layer in two places, in another dtype, through a second saving, and in a dense copy."""
+    for name, module in factorizable(tiny_bert).items():
+        replace(tiny_bert, name, Monarch.from_dense(dense_weight(module), module.bias, blocks=2, rank=4,
+                                                    rows=torch.randperm(module.out_features)))
+    checkpoint.export_dense(tiny_bert, tmp_path / "dense")
+    torch.testing.assert_close(output(type(tiny_bert).from_pretrained(tmp_path / "dense")), output(tiny_bert))
+    layers = tiny_bert.bert.encoder.layer
+    layers[1].attention.self.query = layers[0].attention.self.query
+    checkpoint.save(tiny_bert, tmp_path / "one")
+    for loaded in (checkpoint.load(tmp_path / "one"), type(tiny_bert).from_pretrained(tmp_path / "one")):
+        assert torch.equal(output(loaded), output(tiny_bert))
+        first, second = (layer.attention.self.query for layer in loaded.bert.encoder.layer)
+        assert first.v is second.v and torch.equal(first.rows, second.rows)
+    loaded.save_pretrained(tmp_path / "two")
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    half = checkpoint.load(tmp_path / "two", dtype=torch.bfloat16)
+    assert torch.equal(half.bert.encoder.layer[1].output.dense.rows, layers[1].output.dense.rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -18,10 +18,11 @@ import transformers.models.bert.modeling_bert  # noqa: F401  while tests are col
 from safetensors.torch import load_file, save_file
 
 from lowfat import checkpoint, manifest
-from lowfat.errors import ArgumentError, CompatibilityError, FormatError, IntegrityError, LowfatError, NumericsError
+from lowfat.errors import (ArgumentError, CompatibilityError, FormatError, IndexRangeError, IntegrityError, LowfatError,
+                           NumericsError)
 from lowfat.layers import dense_weight, factorizable, replace
 from lowfat.strict_json import dumps
-from lowfat.structures import LowRank
+from lowfat.structures import LowRank, Monarch
 from lowfat.validate import INDEX, WEIGHTS
 
 LAYER = "bert.encoder.layer.0.attention.self.query"
@@ -34,7 +35,7 @@ class Case(NamedTuple):
     error: type[Exception]
     words: str             # parts of the message, in this order
     sealed: bool = True    # the manifest agrees with the changed files
-    base: str = "single"   # or "shards"
+    base: str = "single"   # or "shards", "rows"
     plain: bool = True     # from_pretrained refuses it too; else what it does is transformers' own business
 
 
@@ -411,7 +412,31 @@ SHARD_CASES = [
     Case("tensor in two shards", twin, F, f"{INDEX}: differ in twin"),
 ]
 SHARD_CASES = [case._replace(base="shards") for case in SHARD_CASES]
-CASES = MANIFEST_CASES + FILE_CASES + CONFIG_CASES + SECTION_CASES + WEIGHT_CASES + SHARD_CASES
+
+
+def rows(change: Callable[[torch.Tensor], torch.Tensor]):
+    """A change to the permutation of a Monarch layer's rows."""
+    return tensors(lambda held: held.update({f"{LAYER}.rows": change(held[f"{LAYER}.rows"])}))
+
+
+ROW_CASES = [
+    Case("row twice", rows(lambda held: held.index_fill(0, torch.tensor([1]), int(held[0]))), IndexRangeError,
+         f"{WEIGHTS}: {LAYER}: rows twice"),
+    Case("row beyond the outputs", rows(lambda held: held + 1), IndexRangeError, f"{WEIGHTS}: {LAYER}: rows found 32"),
+    Case("row below zero", rows(lambda held: held - 1), IndexRangeError, f"{WEIGHTS}: {LAYER}: rows found -1"),
+    Case("rows in 64 bits", rows(torch.Tensor.long), F, f"{WEIGHTS}: dtype of {LAYER}.rows is I64"),
+    Case("rows in 8 bits", rows(lambda held: held.to(torch.uint8)), F, f"{WEIGHTS}: dtype of {LAYER}.rows is U8"),
+    Case("rows as numbers with a point", rows(torch.Tensor.float), F, f"{WEIGHTS}: dtype of {LAYER}.rows is F32"),
+    Case("a row less", rows(lambda held: held[:-1].clone()), F, f"{WEIGHTS}: shape of {LAYER}.rows is [31]"),
+    Case("rows missing", tensors(lambda held: held.pop(f"{LAYER}.rows")), F, f"{WEIGHTS}: tensor {LAYER}.rows is missing"),
+    Case("rows that config.json has not", layer(grouped=False), F, f"{WEIGHTS}: tensor {LAYER}.rows is no part",
+         plain=False),
+    Case("grouped a text", layer(grouped="yes"), F, f"{HERE}.modules.{LAYER}"),
+    Case("grouped left out", edit("config.json", lambda c: c["quantization_config"]["modules"][LAYER].pop("grouped")), F,
+         f"{HERE}.modules.{LAYER}"),
+]
+ROW_CASES = [case._replace(base="rows") for case in ROW_CASES]
+CASES = MANIFEST_CASES + FILE_CASES + CONFIG_CASES + SECTION_CASES + WEIGHT_CASES + SHARD_CASES + ROW_CASES
 
 
 @pytest.fixture(scope="module")
@@ -429,6 +454,11 @@ def good(tmp_path_factory):
     checkpoint.save(model, folder / "single")
     checkpoint.save(model, folder / "shards", max_shard_size="20KB")
     checkpoint.save(other, folder / "llama")
+    permuted = BertForSequenceClassification(BertConfig(**sizes, max_position_embeddings=40, initializer_range=0.02))
+    for name, module in factorizable(permuted).items():
+        order = torch.randperm(module.out_features)
+        replace(permuted, name, Monarch.from_dense(dense_weight(module), module.bias, blocks=2, rank=4, rows=order))
+    checkpoint.save(permuted, folder / "rows")
     return folder
 
 
@@ -472,7 +502,7 @@ def test_bad_checkpoint_is_refused(case, good, tmp_path):
 
 def test_the_corpus_starts_from_good_folders(good, tmp_path):
     """Sealing alone must not break a folder: else every case above would pass for the wrong reason."""
-    for base in ("single", "shards"):
+    for base in ("single", "shards", "rows"):
         folder = shutil.copytree(good / base, tmp_path / base)
         seal(folder)
         checkpoint.load(folder)

@@ -139,12 +139,17 @@ def describe(model: nn.Module) -> tuple[dict[str, dict], dict[str, str]]:
     return modules, ties
 
 
-def _fill(model: nn.Module, folder: Path, *, max_shard_size: int | str, **options) -> None:
+def _fill(model: nn.Module, folder: Path, *, max_shard_size: int | str, state_dict: dict | None = None, **options) -> None:
     """transformers writes configs and weights; then the weights get our names and config.json our section."""
     from transformers.modeling_utils import PreTrainedModel
 
+    indices = {f"{name}.{key}": buffer.clone() for name, layer in model.named_modules(remove_duplicate=False)
+               if isinstance(layer, Structure) for key, buffer in layer.named_buffers(recurse=False)}
+    if indices:  # a copy for every name of a layer: transformers knows ties of parameters alone
+        state_dict = {**(model.state_dict() if state_dict is None else state_dict), **indices}
     # save_original_format=False: tensors keep the model's own names, so that a reader can hold them against config.json
-    _original(PreTrainedModel)(model, folder, max_shard_size=max_shard_size, save_original_format=False, **options)
+    _original(PreTrainedModel)(model, folder, max_shard_size=max_shard_size, save_original_format=False,
+                               state_dict=state_dict, **options)
     for path in sorted(folder.glob("model*.safetensors")):
         path.rename(folder / path.name.replace("model", "lowfat", 1))
     weights, index = WEIGHTS, folder / "model.safetensors.index.json"

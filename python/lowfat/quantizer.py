@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import manifest
 from .blocks import group_blocks
-from .errors import FormatError, IntegrityError
+from .errors import FormatError, IntegrityError, LowfatError
 from .layers import replace
 from .strict_json import read_json
 from .structures import Structure
@@ -89,6 +89,10 @@ class FactorQuantizer(HfQuantizer):
                 loaded = getattr(parameter, "_is_hf_initialized", False) or f"{name}.{key}" in model.all_tied_weights_keys
                 if not loaded:
                     raise IntegrityError(f"{self.quantization_config.weights}: {name}.{key} was not loaded")
+            try:
+                layer.check_indices()
+            except LowfatError as error:
+                raise type(error)(f"{self.quantization_config.weights}: {name}: {error}") from error
         # an ordinary float model from here on: Trainer, .half() and .float() refuse "quantized" ones
         for name in ("hf_quantizer", "quantization_method"):
             if hasattr(model, name):

@@ -151,7 +151,8 @@ def check_tensors(model: nn.Module, tensors: dict[str, tuple[str, dict]], *, exa
         file, span = tensors[found]
         if tuple(span["shape"]) != tuple(due.shape):
             raise FormatError(f"{file}: shape of {found} is {span['shape']}, config.json implies {list(due.shape)}")
-        if ("F" in span["dtype"]) != due.is_floating_point():
+        is_index = name in factors and not due.is_floating_point()  # of factors: what an index is stored as is ours to say
+        if ("F" in span["dtype"]) != due.is_floating_point() or (is_index and span["dtype"] != "I32"):
             raise FormatError(f"{file}: dtype of {found} is {span['dtype']}, the model needs {due.dtype}")
     if exact and (extra := sorted(set(tensors) - used)):
         raise FormatError(f"{tensors[extra[0]][0]}: tensor {extra[0]} is no part of {type(model).__name__}")

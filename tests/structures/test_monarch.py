@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 import gates
-from lowfat.errors import ArgumentError, DtypeError, NumericsError, ShapeError
+from lowfat.errors import ArgumentError, DtypeError, IndexRangeError, NumericsError, ShapeError
 from lowfat.structures import STRUCTURES, LowRank, Monarch
 
 # k, n, blocks, rank: square, rectangular, other blocks on either side, prime sizes, more blocks than divide, one block
@@ -101,6 +101,75 @@ def test_impossible_sizes(arguments, error, text):
         Monarch(**{"in_features": 12, "out_features": 20, "blocks": 4, "rank": 2} | arguments)
 
 
+# --- rows in any order ---
+
+def regrouped(k, n, blocks, rank, interleave=True, dtype=torch.float64, **options):
+    """(a layer whose rows are permuted, the same one without the permutation, rows)"""
+    plain = random_layer(k, n, blocks, rank, interleave, dtype, **options)
+    rows = torch.randperm(n)
+    bias = None if plain.bias is None else torch.empty_like(plain.bias).index_copy(0, rows, plain.bias)
+    return Monarch.of(plain.v, plain.u, bias, in_features=k, out_features=n, interleave=interleave, rows=rows), plain, rows
+
+
+@pytest.mark.parametrize("interleave", FORMS)
+@pytest.mark.parametrize("k,n,blocks,rank", SIZES)
+def test_computed_row_i_is_output_rows_i(k, n, blocks, rank, interleave):
+    """To the bit, and so are the gradients: nothing is computed but what the plain layer computes."""
+    layer, plain, rows = regrouped(k, n, blocks, rank, interleave)
+    assert layer.rows.dtype == torch.int32 and torch.equal(layer.dense()[rows], plain.dense())
+    x, dy = torch.randn(2, 5, k, dtype=torch.float64), torch.randn(2, 5, n, dtype=torch.float64)
+    y, expected = layer(x), plain(x)
+    assert torch.equal(y[..., rows], expected)
+    y.backward(dy)
+    expected.backward(dy[..., rows])
+    assert torch.equal(layer.v.grad, plain.v.grad) and torch.equal(layer.u.grad, plain.u.grad)
+    assert torch.equal(layer.bias.grad[rows], plain.bias.grad)
+    assert layer(x[:0]).shape == (0, 5, n) and layer(x[0, 0]).shape == (n,)
+
+
+@pytest.mark.parametrize("k,n,blocks,rank", SIZES)
+def test_a_permuted_layer_is_rebuilt_from_shape_and_state(k, n, blocks, rank):
+    layer, _, _ = regrouped(k, n, blocks, rank, bias=False)
+    shape = json.loads(json.dumps(layer.shape()))
+    assert shape["grouped"] is True and not random_layer(k, n, blocks, rank).shape()["grouped"]
+    rebuilt = Monarch(**shape, dtype=torch.float64)
+    assert torch.equal(rebuilt.rows, torch.arange(n))  # a new layer leaves rows where they are
+    rebuilt.load_state_dict(layer.state_dict())
+    assert torch.equal(rebuilt.dense(), layer.dense()) and rebuilt.macs() == layer.macs()
+    assert rebuilt.to(torch.bfloat16).rows.dtype == torch.int32
+    assert "rows" not in random_layer(k, n, blocks, rank).state_dict()
+    with torch.device("meta"):
+        assert Monarch(**shape)(torch.empty(3, k)).shape == (3, n)
+
+
+def test_a_permuted_layer_compiles_and_maps():
+    layer, _, _ = regrouped(12, 20, (3, 4), 2)
+    x = torch.randn(6, 12, dtype=torch.float64)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    mapped = torch.func.vmap(lambda row: torch.func.functional_call(layer, dict(layer.named_parameters()), (row,)))(x)
+    assert is_same(mapped, layer(x))
+
+
+WRONG_ROWS = [
+    (lambda rows: rows.index_fill(0, torch.tensor([3]), 7), IndexRangeError, "permutation of 0 .. 19; found 7 twice"),
+    (lambda rows: rows + 1, IndexRangeError, "found 20 outside of it"),
+    (lambda rows: rows - 1, IndexRangeError, "found -1 outside of it"),
+    (lambda rows: rows[:19], ShapeError, r"rows \[19\] must be \[20\]"),
+    (lambda rows: rows.double(), DtypeError, "torch.float64"),
+    (lambda rows: rows.tolist(), DtypeError, "rows must be an int32 or int64 tensor, found list"),
+    (lambda rows: rows.view(4, 5), ShapeError, r"rows \[4, 5\] must be \[20\]")]
+
+
+@pytest.mark.parametrize("change, error, text", WRONG_ROWS)
+def test_rows_that_are_no_permutation(change, error, text):
+    rows = change(torch.arange(20))
+    with pytest.raises(error, match=text):
+        Monarch.from_dense(torch.randn(20, 12), blocks=4, rank=2, rows=rows)
+    layer = Monarch(12, 20, 4, 2)
+    with pytest.raises(error, match=text):
+        Monarch.of(layer.v, layer.u, in_features=12, out_features=20, rows=rows)
+
+
 # --- from a dense weight ---
 
 @pytest.mark.parametrize("interleave", FORMS)
@@ -110,6 +179,9 @@ def test_projecting_such_a_matrix_gives_it_back(k, n, blocks, rank, interleave):
     dense = random_layer(k, n, blocks, rank, interleave).dense()
     found = Monarch.from_dense(dense, blocks=blocks, rank=rank, interleave=interleave)
     assert is_same(found.dense(), dense)
+    layer, _, rows = regrouped(k, n, blocks, rank, interleave)
+    found = Monarch.from_dense(layer.dense(), layer.bias, blocks=blocks, rank=rank, interleave=interleave, rows=rows)
+    assert is_same(found.dense(), layer.dense()) and torch.equal(found.bias, layer.bias)
 
 
 @pytest.mark.parametrize("interleave", FORMS)
@@ -145,6 +217,8 @@ def test_monarch_is_blockwise_low_rank_of_sorted_rows(blocks):
     assert torch.equal(monarch.v, blockwise.v) and torch.equal(monarch.u, blockwise.u)
     assert torch.equal(monarch.dense()[order], blockwise.dense())
     assert monarch.macs() == LowRank(12, 16, blocks * 2).macs()  # as many parameters as a global rank of blocks x rank
+    grouped = Monarch.from_dense(weight, weight[:, 0], blocks=blocks, rank=2, interleave=False, rows=order)
+    assert torch.equal(grouped.dense(), monarch.dense()) and torch.equal(grouped.bias, weight[:, 0])
 
 
 def test_no_descent_from_a_random_start_gets_below_the_projection():

@@ -1,7 +1,8 @@
 """A linear layer of b_in x b_out blocks of rank r each: r (b_out k + b_in n) numbers.   v [b_in, b_out r, p]   u [b_out, s, b_in r]
 
 interleave: output block o owns the rows o, o + b_out, ... (Monarch, Dao et al. 2022); else a run of neighbours (block-wise low
-rank, Gupta et al.). Sizes that the blocks do not divide are padded with zeros: p = ceil(k / b_in), s = ceil(n / b_out)."""
+rank, Gupta et al.). Sizes that the blocks do not divide are padded with zeros: p = ceil(k / b_in), s = ceil(n / b_out).
+grouped: what is computed as output i of these blocks is output rows[i] of the layer.   rows [n] int32, a permutation"""
 from math import ceil, sqrt
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..errors import ArgumentError, ShapeError, UnsupportedError
+from ..errors import ArgumentError, DtypeError, IndexRangeError, ShapeError, UnsupportedError
 from ..linalg import truncated_svd
 from ..ops.monarch import monarch
 from .structure import Structure
@@ -20,10 +21,11 @@ class Monarch(Structure):
 
     blocks: one number for both, or (input blocks, output blocks). rank: of a block; by default the one at which a layer with
     as many blocks on both sides has max(in, out) / blocks of its weight's parameters, as published Monarch layers do.
+    grouped: any rows may share an output block, as the buffer `rows` says; a new layer leaves each where it is.
     Raises ArgumentError or ShapeError for blocks or ranks that the sizes do not have."""
 
     def __init__(self, in_features: int, out_features: int, blocks: int | tuple[int, int] = 4, rank: int | None = None,
-                 interleave: bool = True, bias: bool = True, device: torch.device | str | None = None,
+                 interleave: bool = True, bias: bool = True, grouped: bool = False, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None):
         super().__init__()
         self.blocks = check_blocks(in_features, out_features, blocks)
@@ -33,6 +35,7 @@ class Monarch(Structure):
         self.v = nn.Parameter(torch.empty(b_in, b_out * self.rank, p, device=device, dtype=dtype))
         self.u = nn.Parameter(torch.empty(b_out, s, b_in * self.rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("rows", torch.arange(out_features, dtype=torch.int32, device=device) if grouped else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -44,10 +47,16 @@ class Monarch(Structure):
 
     @classmethod
     def of(cls, v: Tensor, u: Tensor, bias: Tensor | None = None, *, in_features: int, out_features: int,
-           interleave: bool = True) -> "Monarch":
-        """The layer that holds these factors, contiguous copies of them.   v [b_in, b_out r, p]   u [b_out, s, b_in r]"""
+           interleave: bool = True, rows: Tensor | None = None) -> "Monarch":
+        """The layer that holds these factors, contiguous copies of them.   v [b_in, b_out r, p]   u [b_out, s, b_in r]
+
+        rows [out_features]: of the outputs, in the order of the blocks; IndexRangeError unless it is a permutation."""
         blocks, rank = (v.shape[0], u.shape[0]), v.shape[1] // u.shape[0]
-        layer = cls(in_features, out_features, blocks, rank, interleave, bias is not None, device="meta", dtype=v.dtype)
+        layer = cls(in_features, out_features, blocks, rank, interleave, bias is not None, rows is not None, device="meta",
+                    dtype=v.dtype)
+        if rows is not None:
+            check_rows(rows, out_features)
+            layer.rows = rows.to(v.device, torch.int32, copy=True)
         for name, tensor in (("v", v), ("u", u), ("bias", bias)):
             if tensor is not None:
                 if tensor.shape != getattr(layer, name).shape:
@@ -58,9 +67,10 @@ class Monarch(Structure):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, *, blocks: int | tuple[int, int] = 4, rank: int,
-                   interleave: bool = True) -> "Monarch":
+                   interleave: bool = True, rows: Tensor | None = None) -> "Monarch":
         """The closest such matrix to weight [n, k] (Dao et al. 2022, theorem 1, for any rank: blocks are disjoint, so each is
-        replaced by its truncated SVD). Raises NumericsError for NaN or infinity, UnsupportedError for a sharded weight."""
+        replaced by its truncated SVD). rows [n]: the blocks are those of weight[rows]. Raises NumericsError for NaN or
+        infinity, IndexRangeError for rows that are no permutation, UnsupportedError for a sharded weight."""
         if hasattr(weight, "full_tensor"):
             raise UnsupportedError(f"weight is a {type(weight).__name__}, perhaps a shard; gather it with .full_tensor() first")
         if weight.dim() != 2:
@@ -68,21 +78,37 @@ class Monarch(Structure):
         n, k = weight.shape
         blocks = check_blocks(k, n, blocks)
         check_rank(rank, *block_size(k, n, blocks))
+        if rows is not None:
+            check_rows(rows, n)
+        weight = weight if rows is None else weight[rows.long()]
         factors = [[_balanced_svd(block, rank) for block in row] for row in to_blocks(weight, blocks, interleave)]
         v, u = from_factors(*(torch.stack([torch.stack([pair[i] for pair in row]) for row in factors]) for i in (0, 1)))
-        return cls.of(v.to(weight.dtype), u.to(weight.dtype), bias, in_features=k, out_features=n, interleave=interleave)
+        return cls.of(v.to(weight.dtype), u.to(weight.dtype), bias, in_features=k, out_features=n, interleave=interleave,
+                      rows=rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        return monarch(x, self.v, self.u, self.bias, out_features=self.out_features, interleave=self.interleave)
+        bias = self.bias if self.bias is None or self.rows is None else self.bias.index_select(0, self.rows)
+        y = monarch(x, self.v, self.u, bias, out_features=self.out_features, interleave=self.interleave)
+        return self._sorted(y, -1)
 
     def dense(self) -> Tensor:
         (b_in, b_out), r = self.blocks, self.rank
         v, u = self.v.view(b_in, r, b_out, -1), self.u.view(b_out, -1, b_in, r)
-        return from_blocks(torch.einsum("osir,irop->oisp", u, v), self.out_features, self.in_features, self.interleave)
+        weight = from_blocks(torch.einsum("osir,irop->oisp", u, v), self.out_features, self.in_features, self.interleave)
+        return self._sorted(weight, 0)
+
+    def _sorted(self, computed: Tensor, dim: int) -> Tensor:
+        """What the blocks compute, in the order of the outputs: the inverse permutation along dim."""
+        return computed if self.rows is None else computed.index_select(dim, self.rows.argsort())
 
     def shape(self) -> dict[str, Any]:
         return {"in_features": self.in_features, "out_features": self.out_features, "blocks": list(self.blocks),
-                "rank": self.rank, "interleave": self.interleave, "bias": self.bias is not None}
+                "rank": self.rank, "interleave": self.interleave, "bias": self.bias is not None,
+                "grouped": self.rows is not None}
+
+    def check_indices(self) -> None:
+        if self.rows is not None:
+            check_rows(self.rows, self.out_features)
 
     def macs(self) -> int:
         return self.v.numel() + self.u.numel()
@@ -154,3 +180,16 @@ def check_rank(rank: int, p: int, s: int) -> int:
     if not 1 <= rank <= min(p, s):
         raise ShapeError(f"rank must be between 1 and {min(p, s)}, the smaller side of a block of {s} x {p}; found {rank}")
     return rank
+
+
+def check_rows(rows: Tensor, n: int) -> None:
+    """IndexRangeError unless rows [n] holds each of 0 .. n - 1 once; ShapeError or DtypeError for other tensors."""
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"rows must be an int32 or int64 tensor, found {getattr(rows, 'dtype', type(rows).__name__)}")
+    if rows.shape != (n,):
+        raise ShapeError(f"rows {list(rows.shape)} must be [{n}], one for each output")
+    outside, ordered = rows[(rows < 0) | (rows >= n)], rows.sort().values
+    twice = ordered[1:][ordered.diff() == 0]
+    for found, what in ((outside, "outside of it"), (twice, "twice")):
+        if len(found):
+            raise IndexRangeError(f"rows must be a permutation of 0 .. {n - 1}; found {int(found[0])} {what}")

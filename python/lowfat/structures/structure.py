@@ -25,6 +25,10 @@ class Structure(nn.Module):
         """The constructor's arguments as plain JSON: `type(layer)(**layer.shape())` rebuilds the layer, empty."""
         raise NotImplementedError
 
+    def check_indices(self) -> None:
+        """IndexRangeError where a buffer holds indices that the layer cannot use: asked of every layer that comes from a
+        file."""
+
     def macs(self) -> int:
         """Multiply-adds for one token."""
         raise NotImplementedError
