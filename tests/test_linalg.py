@@ -5,8 +5,8 @@ import torch
 import matrices
 from lowfat import linalg
 from lowfat.errors import NumericsError, ShapeError
-from lowfat.linalg import (balance, gram_of, gram_root, leading, quadratic, smaller_gram, spectrum, tails, times,
-                           truncated_svd)
+from lowfat.linalg import (balance, closest_each, gram_of, gram_root, leading, quadratic, smaller_gram, spectrum, tails,
+                           times, truncated_svd)
 
 EPS = torch.finfo(torch.float64).eps
 WEIGHTS = matrices.weights()
@@ -30,6 +30,35 @@ def test_truncated_svd_loses_the_tail_and_no_more(name):
         lost = (weight.double() - u * s @ vt).square().sum()
         assert abs(lost - exact[rank:].sum()) <= noise(weight)
         assert (s[:-1] >= s[1:]).all() and (s >= 0).all()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_closest_of_a_stack_lose_their_tails(name):
+    """Each matrix of the stack by itself: scaled ones beside it change nothing but their own."""
+    weight = WEIGHTS[name].double()
+    exact = torch.linalg.svdvals(weight).square()
+    for rank in range(1, min(weight.shape) + 1):
+        u, v, events = closest_each(torch.stack([weight, 2 * weight, torch.zeros_like(weight)]), rank)
+        assert events == [] and u.shape == (3, weight.shape[0], rank) and v.shape == (3, rank, weight.shape[1])
+        for scale, product in zip((1, 2, 0), u @ v):
+            lost = (scale * weight - product).square().sum()
+            assert abs(lost - scale ** 2 * exact[rank:].sum()) <= noise(scale * weight)
+
+
+def test_a_stack_that_fails_is_solved_one_by_one(monkeypatch):
+    eigh = torch.linalg.eigh
+
+    def failing(matrix, out=None):
+        if matrix.dim() == 3:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(matrix, out=out)
+
+    stack = torch.randn(3, 7, 5, dtype=torch.float64)
+    u, v, _ = closest_each(stack, 2)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    other_u, other_v, events = closest_each(stack, 2)
+    assert events == ["eigh of a stack: did not converge"]
+    assert (u @ v - other_u @ other_v).norm() <= sum(noise(matrix) for matrix in stack).sqrt()
 
 
 @pytest.mark.parametrize("name", ["fp64", "bf16", "wide", "transposed view", "orthogonal", "kahan"])
@@ -150,6 +179,7 @@ def test_a_root_multiplies_back_to_its_gram_matrix(name, solver):
     assert inverse.isfinite().all()
     condition = float(factor.norm() * inverse.norm())
     assert (inverse @ factor - eye).norm() <= 6 * 6 * EPS * condition
+    assert (root.whitened(eye) @ factor.mT - eye).norm() <= 6 * 6 * EPS * condition
 
 
 def test_cholesky_adds_to_the_diagonal_and_then_gives_way():

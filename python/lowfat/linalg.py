@@ -49,6 +49,12 @@ class Root:
             return torch.linalg.solve_triangular(self.vectors, left, upper=False, left=False)
         return (left / self.scale) @ self.vectors.mT
 
+    def whitened(self, left: Tensor) -> Tensor:
+        """left L^-T, with which the Gram matrix becomes I.   left [r, k]"""
+        if self.scale is None:
+            return torch.linalg.solve_triangular(self.vectors.mT, left, upper=True, left=False)
+        return (left @ self.vectors).div_(self.scale)
+
 
 def require_finite(tensor: Tensor, name: str) -> None:
     """NumericsError that counts what is not finite: an SVD of infinity gives NaN without an error, or even numbers."""
@@ -102,6 +108,25 @@ def leading(build: Callable[[], Tensor], count: int) -> tuple[Tensor, Tensor, So
     (values, vectors), solved = _climb(rungs)
     values, vectors = values[-count:].flip(0).clamp_min(0), vectors[:, -count:].flip(1).contiguous()
     return values, vectors.mul_(_signs(vectors.mT)), solved
+
+
+def closest_each(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, list[str]]:
+    """(u [b, n, r], v [b, r, k]) whose products are the closest ones of rank r to each of the matrices [b, n, k] in fp64, and
+    the solvers' events. The factor of the smaller side has orthonormal columns or rows: no division by what may be zero."""
+    is_tall = matrices.shape[1] >= matrices.shape[2]
+    grams = matrices.mT @ matrices if is_tall else matrices @ matrices.mT
+
+    def one_by_one() -> tuple[Tensor]:
+        found = [leading(gram.clone, rank) for gram in grams]
+        events.extend(event for _, _, solved in found for event in solved.events)
+        return torch.stack([vectors for _, vectors, _ in found]),
+
+    events: list[str] = []
+    (vectors,), solved = _climb([("eigh of a stack", lambda: (torch.linalg.eigh(grams).eigenvectors[..., -rank:],)),
+                                 ("one by one", one_by_one)])
+    if is_tall:
+        return matrices @ vectors, vectors.mT, solved.events + events
+    return vectors, vectors.mT @ matrices, solved.events + events
 
 
 def spectrum(build: Callable[[], Tensor]) -> Tensor:

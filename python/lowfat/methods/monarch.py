@@ -1,18 +1,20 @@
 """Blocks of rank r each, Monarch (Dao et al. 2022) or block-wise low rank (Gupta et al.): the closest ones to a weight.
 
 The b_in x b_out blocks are disjoint, so in the Frobenius norm each is replaced by its own truncated SVD, also with weights
-o_i c_j on the entries. On calibration inputs, with C = X^T X, blocks that share outputs interact: for one row of blocks,
-min tr(E C E^T), E = [W_i - What_i], goes block by block around, each step the closed form with the others fixed:
-    What_i = SVD_r[(W_i + sum_{a != i} E_a C_ai C_ii^-1) L_i] L_i^-1,   C_ii = L_i L_i^T
+o_i c_j on the entries. On calibration inputs, with C = X^T X, blocks that share outputs interact: for each row of blocks,
+min tr(E C E^T), E = [W_i - What_i], goes input block by input block, each step the closed form with the others fixed, in
+factors of C_ii = L_i L_i^T throughout:
+    What_i L_i = SVD_r[W_i L_i + sum_{a != i} E_a L_a (L_a^-1 C_ai L_i^-T)]
 """
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import ArgumentError
-from ..linalg import balance, gram_root, require_finite, smaller_gram, spectrum, tails, truncated_svd
+from ..linalg import balance, closest_each, gram_root, require_finite, smaller_gram, spectrum, tails, truncated_svd
 from ..structures.monarch import Monarch, block_size, check_blocks, check_rank, from_factors, pair_of, to_blocks
 from . import fwsvd, whitened
 
@@ -54,8 +56,8 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats | None" = None,
     require(stats, blocks=blocks, fit=fit)
     require_finite(weight, "weight")
     check_rank(rank, *block_size(k, n, blocks))
-    solve = {"weights": _by_weights, "outputs": _by_outputs, "fisher": _by_fisher}[fit]
-    pairs, events = solve(weight, stats, rank, blocks, interleave)
+    pairs, events = {"weights": _by_weights, "outputs": _by_outputs, "fisher": _by_fisher}[fit](
+        weight, stats, rank, blocks, interleave)
     v, u = from_factors(torch.stack([torch.stack([v for _, v in row]) for row in pairs]),
                         torch.stack([torch.stack([u for u, _ in row]) for row in pairs]))
     return Monarch.of(v, u, bias, in_features=k, out_features=n, interleave=interleave), sorted(set(events))
@@ -71,19 +73,21 @@ def losses(weight: Tensor, stats: "Stats | None" = None, *, blocks: int | tuple[
     blocks = check_blocks(k, n, blocks)
     require(stats, blocks=blocks, fit=fit)
     require_finite(weight, "weight")
-    if fit == "fisher":
-        rows, columns = fwsvd.weights_of(weight, stats, "both")
-        weight = rows.sqrt()[:, None] * weight * columns.sqrt()
-    parts = to_blocks(weight, blocks, interleave)
-    roots = [None] * blocks[0] if fit != "outputs" else [root for root, _ in _roots(weight, stats, blocks)[0]]
-    return sum(tails(spectrum(partial(_gram, block, root))) for row in parts for block, root in zip(row, roots))
+    parts = to_blocks(_in_metric(weight, stats, blocks, fit), blocks, interleave)
+    return sum(tails(spectrum(partial(smaller_gram, block))) for row in parts for block in row)
 
 
 factorize_blockwise, losses_blockwise = partial(factorize, interleave=False), partial(losses, interleave=False)
 
 
-def _gram(block: Tensor, root) -> Tensor:
-    return smaller_gram(block if root is None else root.applied(block.double()))
+def _in_metric(weight: Tensor, stats: "Stats | None", blocks: tuple[int, int], fit: str) -> Tensor:
+    """The matrix whose blocks lose in the Frobenius norm what those of weight lose in the metric of `fit`.   [n, b_in p]"""
+    if fit == "fisher":
+        rows, columns = fwsvd.weights_of(weight, stats, "both")
+        weight = rows.sqrt()[:, None] * weight * columns.sqrt()
+    if fit == "outputs":
+        return _applied(weight, _roots(weight, stats, blocks)[0])
+    return pad(weight, (0, -weight.shape[1] % blocks[0]))
 
 
 Pairs = list[list[tuple[Tensor, Tensor]]]  # (u [s, r], v [r, p]) of each block, by output and then by input block
@@ -118,39 +122,41 @@ def _by_fisher(weight: Tensor, stats: "Stats", rank: int, blocks: tuple[int, int
 
 
 def _by_outputs(weight: Tensor, stats: "Stats", rank: int, blocks: tuple[int, int], interleave: bool) -> tuple[Pairs, list[str]]:
+    """All output blocks at once: they share the inputs and nothing else."""
     roots, gram, events = _roots(weight, stats, blocks)
-    pairs = []
-    for row in to_blocks(weight.double(), blocks, interleave):  # [b_in, s, p]
-        found = [_fitted(block, root, rank, events) for block, (root, _) in zip(row, roots)]
-        error = [block - u @ v for block, (u, v) in zip(row, found)]
-        last = _energy(error, gram)
-        for _ in range(_SWEEPS if len(row) > 1 else 0):
-            for i, (block, (root, inverse)) in enumerate(zip(row, roots)):
-                others = sum(error[a] @ gram[a][i] for a in range(len(row)) if a != i)
-                found[i] = _fitted(block + inverse(others), root, rank, events)
-                error[i] = block - found[i][0] @ found[i][1]
-            now = _energy(error, gram)
-            if not now < last * (1 - _GAIN):
-                break
-            last = now
-        pairs.append([balance(u, v, weight.dtype) for u, v in found])
-    return pairs, events
+    parts = to_blocks(_applied(weight, roots), blocks, interleave).transpose(0, 1).contiguous()  # [b_in, b_out, s, p]
+    cross = _cross(roots, gram)
+    found = [_fitted(part, rank, events) for part in parts]
+    error = [part - u @ v for part, (u, v) in zip(parts, found)]
+    lost = _energy(error, cross)
+    for _ in range(_SWEEPS if len(parts) > 1 else 0):
+        gain = 0.0
+        for i, part in enumerate(parts):
+            others = sum(error[a] @ cross[a][i] for a in range(len(parts)) if a != i)
+            found[i] = _fitted(part + others, rank, events)
+            before, error[i] = error[i], part - found[i][0] @ found[i][1]
+            gain += float((before + others).square().sum() - (error[i] + others).square().sum())
+        lost -= gain
+        if not gain > lost * _GAIN:
+            break
+    return [[balance(u[o], root.solved(v[o]), weight.dtype) for (u, v), root in zip(found, roots)]
+            for o in range(blocks[1])], events
 
 
-def _fitted(target: Tensor, root, rank: int, events: list[str]) -> tuple[Tensor, Tensor]:
-    """u [s, r], v [r, p] that minimize ||(target - u v) L||_F"""
-    u, s, vt, solved = truncated_svd(root.applied(target), rank)
-    events += solved.events
-    return u * s, root.solved(vt)
+def _fitted(targets: Tensor, rank: int, events: list[str]) -> tuple[Tensor, Tensor]:
+    u, v, more = closest_each(targets, rank)
+    events += more
+    return u, v
 
 
-def _energy(error: list[Tensor], gram: list[list[Tensor]]) -> float:
+def _energy(error: list[Tensor], cross: list[list[Tensor]]) -> float:
     """tr(E C E^T)"""
-    return float(sum(((left @ gram[a][b]) * right).sum() for a, left in enumerate(error) for b, right in enumerate(error)))
+    whole = [left + sum(error[a] @ cross[a][b] for a in range(len(error)) if a != b) for b, left in enumerate(error)]
+    return float(sum((left * right).sum() for left, right in zip(error, whole)))
 
 
 def _roots(weight: Tensor, stats: "Stats", blocks: tuple[int, int]):
-    """([(root L of C_ii, x -> x C_ii^-1) of each input block], C as blocks [b_in][b_in] of [p, p] fp64, events)"""
+    """([root L of C_ii of each input block], C as blocks [b_in][b_in] of [p, p] fp64, events)"""
     gram, shift, events = whitened.damped(weight, stats)
     (n, k), (b_in, _) = weight.shape, blocks
     p = block_size(k, n, blocks)[0]
@@ -158,14 +164,17 @@ def _roots(weight: Tensor, stats: "Stats", blocks: tuple[int, int]):
     whole[:k, :k] = gram
     whole.diagonal().add_(shift)  # the padding's, too: no block is without a root
     parts = [list(strip.split(p, dim=1)) for strip in whole.split(p)]
-    roots = []
-    for i in range(b_in):
-        root = gram_root(parts[i][i], "cholesky")
-        events += root.events
-        roots.append((root, partial(_divided, parts[i][i])))
-    return roots, parts, events
+    roots = [gram_root(parts[i][i], "cholesky") for i in range(b_in)]
+    return roots, parts, events + [event for root in roots for event in root.events]
 
 
-def _divided(matrix: Tensor, left: Tensor) -> Tensor:
-    """left matrix^-1, for a positive definite matrix"""
-    return torch.linalg.solve(matrix, left, left=False)
+def _applied(weight: Tensor, roots: list) -> Tensor:
+    """[W_i L_i] for the columns of every input block, padded with zeros.   weight [n, k] -> [n, b_in p]"""
+    p = roots[0].vectors.shape[0]
+    return torch.cat([root.applied(strip) for root, strip in
+                      zip(roots, pad(weight.double(), (0, len(roots) * p - weight.shape[1])).split(p, dim=1))], dim=1)
+
+
+def _cross(roots: list, gram: list[list[Tensor]]) -> list[list[Tensor]]:
+    """L_a^-1 C_ab L_b^-T; for a = b never read: that is I, where a root had to be changed too."""
+    return [[left.whitened(right.whitened(part).mT).mT for right, part in zip(roots, row)] for left, row in zip(roots, gram)]
