@@ -319,10 +319,12 @@ def test_doctor(work):
 
 @pytest.mark.parametrize("method", ["monarch", "block_low_rank"])
 def test_factorize_with_arguments_of_the_method(method, dense, texts, work):
-    lowfat("factorize", dense, "half", "--method", method, "--set", "blocks=2", "--set", "fit=outputs", "--calibrate", texts)
+    lowfat("factorize", dense, "half", "--method", method, "--set", "blocks=2", "--set", "fit=outputs", "--set", "grouped=true",
+           "--calibrate", texts)
     config = json.loads(Path("half/config.json").read_text())["quantization_config"]["modules"]
     assert {(entry["structure"], tuple(entry["blocks"]), entry["interleave"]) for entry in config.values()} == {
         ("Monarch", (2, 2), method == "monarch")}
+    assert any(entry["grouped"] for entry in config.values())
     assert "accuracy" in lowfat("evaluate", "half", "--data", texts).stdout
 
 
@@ -332,6 +334,7 @@ def test_factorize_with_arguments_of_the_method(method, dense, texts, work):
     (["--set", "blocks=many"], "monarch: blocks must be a whole number or two, for inputs and outputs; found 'many'"),
     (["--set", "fit=best"], "monarch: fit must be one of 'weights', 'outputs', 'fisher'; found 'best'"),
     (["--set", "sides=2"], "monarch has no argument 'sides'; it has blocks, fit"),
+    (["--set", "grouped=yes"], "monarch: grouped must be one of False, True; found 'yes'"),
     (["--set", "fit=outputs"], "monarch needs texts to calibrate on")])
 def test_wrong_arguments_of_a_method(arguments, words, dense, work):
     done = CliRunner().invoke(app, ["factorize", str(dense), "half", "--method", "monarch", *arguments])

@@ -37,6 +37,7 @@ class LayerReport:
     output_error: float | None = None  # ||(W - What) X^T||_F / ||W X^T||_F over the calibration inputs X
     parameters: int = 0  # without the bias
     dense_parameters: int = 0
+    index_bytes: int = 0  # stored beside the parameters
     kept: bool = False  # whether the factors took the place of the weight; reason says why not
     reason: str = ""
     events: list[str] = field(default_factory=list)  # what solvers had to try
@@ -224,6 +225,7 @@ def _one(name: str, module: nn.Module, choice, stats: Mapping | None) -> tuple[S
     else:
         report.kept, report.structure = True, type(layer).__name__
         report.parameters = sum(parameter.numel() for key, parameter in layer.named_parameters() if key != "bias")
+        report.index_bytes = sum(buffer.nbytes for buffer in layer.buffers())
     report.seconds = time.monotonic() - started
     return layer, report
 

@@ -6,6 +6,8 @@ min tr(E C E^T), E = [W_i - What_i], goes input block by input block, each step 
 factors of C_ii = L_i L_i^T throughout:
     What_i L_i = SVD_r[W_i L_i + sum_{a != i} E_a L_a (L_a^-1 C_ai L_i^-T)]
 """
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,28 +19,32 @@ from ..errors import ArgumentError
 from ..linalg import balance, closest_each, gram_root, require_finite, smaller_gram, spectrum, tails, truncated_svd
 from ..structures.monarch import Monarch, block_size, check_blocks, check_rank, from_factors, pair_of, to_blocks
 from . import fwsvd, whitened
+from .grouping import group_rows
 
 if TYPE_CHECKING:
     from ..stats import Stats
 
 _SWEEPS = 5    # around the blocks, at most
 _GAIN = 1e-4   # relative; the sweeps stop where one brings less
-ARGUMENTS = {"blocks": pair_of, "fit": ("weights", "outputs", "fisher")}  # whether the blocks fit, each layer's size() says
+ARGUMENTS = {"blocks": pair_of, "fit": ("weights", "outputs", "fisher"),  # whether the blocks fit, each layer's size() says
+             "grouped": (False, True)}
 
 
-def needs(*, blocks: int | tuple[int, int] = 4, fit: str = "weights") -> frozenset[str]:
+def needs(*, blocks: int | tuple[int, int] = 4, fit: str = "weights", grouped: bool = False) -> frozenset[str]:
     return frozenset({"outputs": {"gram"}, "fisher": {"fisher"}}.get(fit, ()))
 
 
-def require(stats: "Stats | None", *, blocks: int | tuple[int, int] = 4, fit: str = "weights") -> None:
+def require(stats: "Stats | None", *, blocks: int | tuple[int, int] = 4, fit: str = "weights",
+            grouped: bool = False) -> None:
     if fit == "outputs" and stats is None:
         raise ArgumentError("fit='outputs' needs calibration statistics, found none; pass stats=calibrate(model, batches)")
     if fit == "fisher":
         fwsvd.require(stats)
 
 
-def size(k: int, n: int, *, blocks: int | tuple[int, int] = 4, fit: str = "weights") -> tuple[int, int]:
-    """Padding counts: it is stored."""
+def size(k: int, n: int, *, blocks: int | tuple[int, int] = 4, fit: str = "weights",
+         grouped: bool = False) -> tuple[int, int]:
+    """Padding counts: it is stored. The order of grouped rows does not: indices are no parameters."""
     b_in, b_out = check_blocks(k, n, blocks)
     p, s = block_size(k, n, (b_in, b_out))
     return b_in * b_out * (p + s), min(p, s)
@@ -46,29 +52,52 @@ def size(k: int, n: int, *, blocks: int | tuple[int, int] = 4, fit: str = "weigh
 
 @torch.no_grad()
 def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats | None" = None, *, rank: int,
-              blocks: int | tuple[int, int] = 4, fit: str = "weights", interleave: bool = True) -> tuple[Monarch, list[str]]:
+              blocks: int | tuple[int, int] = 4, fit: str = "weights", grouped: bool = False,
+              interleave: bool = True) -> tuple[Monarch, list[str]]:
     """The layer in the weight's dtype, the factors of each block balanced.   weight [n, k]   bias [n]
 
     fit: what is closest: the weights, the outputs on the calibration inputs, or the weights by Fisher information (per
-    output and per input). Raises ArgumentError without the statistics for it, NumericsError for NaN or infinity."""
+    output and per input). grouped: rows of one subspace share an output block (in the papers their place decides which
+    do), unless the layer without that is as close. Raises ArgumentError without the statistics for it, NumericsError for NaN
+    or infinity."""
     n, k = weight.shape
     blocks = check_blocks(k, n, blocks)
     require(stats, blocks=blocks, fit=fit)
     require_finite(weight, "weight")
     check_rank(rank, *block_size(k, n, blocks))
+    layer, events = _solved(weight, bias, stats, rank, blocks, fit, interleave)
+    if grouped:
+        try:
+            rows = group_rows(_in_metric(weight, stats, blocks, fit), blocks, rank, interleave)
+        except torch.linalg.LinAlgError as error:
+            return layer, sorted({*events, f"rows not grouped: {str(error).splitlines()[0]}"})
+        other, more = _solved(weight, bias, stats, rank, blocks, fit, interleave, rows)
+        if _lost(weight, other, stats, fit) < _lost(weight, layer, stats, fit):
+            layer, events = other, more
+    return layer, sorted(set(events))
+
+
+def _solved(weight: Tensor, bias: Tensor | None, stats: "Stats | None", rank: int, blocks: tuple[int, int], fit: str,
+            interleave: bool, rows: Tensor | None = None) -> tuple[Monarch, list[str]]:
+    (n, k), seen = weight.shape, weight
+    if rows is not None:
+        seen = weight[rows]
+        if fit == "fisher":
+            stats = replace(stats, fisher_out=stats.fisher_out[rows.to(stats.fisher_out.device)])
     pairs, events = {"weights": _by_weights, "outputs": _by_outputs, "fisher": _by_fisher}[fit](
-        weight, stats, rank, blocks, interleave)
+        seen, stats, rank, blocks, interleave)
     v, u = from_factors(torch.stack([torch.stack([v for _, v in row]) for row in pairs]),
                         torch.stack([torch.stack([u for u, _ in row]) for row in pairs]))
-    return Monarch.of(v, u, bias, in_features=k, out_features=n, interleave=interleave), sorted(set(events))
+    return Monarch.of(v, u, bias, in_features=k, out_features=n, interleave=interleave, rows=rows), events
 
 
 @torch.no_grad()
 def losses(weight: Tensor, stats: "Stats | None" = None, *, blocks: int | tuple[int, int] = 4, fit: str = "weights",
-           interleave: bool = True) -> Tensor:
+           grouped: bool = False, interleave: bool = True) -> Tensor:
     """The squared error for every rank of the blocks, in the metric of `fit`.   [min(p, s) + 1], fp64
 
-    For outputs, of each block by itself, as if inputs of different blocks were uncorrelated: where the sweeps start."""
+    For outputs, of each block by itself, as if inputs of different blocks were uncorrelated: where the sweeps start. Grouped
+    too, of the rows where they are: no group serves every rank, and factorize() does not lose more."""
     n, k = weight.shape
     blocks = check_blocks(k, n, blocks)
     require(stats, blocks=blocks, fit=fit)
@@ -88,6 +117,18 @@ def _in_metric(weight: Tensor, stats: "Stats | None", blocks: tuple[int, int], f
     if fit == "outputs":
         return _applied(weight, _roots(weight, stats, blocks)[0])
     return pad(weight, (0, -weight.shape[1] % blocks[0]))
+
+
+def _lost(weight: Tensor, layer: Monarch, stats: "Stats | None", fit: str) -> float:
+    """What the layer as stored loses, in the metric of `fit`."""
+    error = weight.double() - deepcopy(layer).double().dense()
+    if fit == "outputs":
+        gram, shift, _ = whitened.damped(weight, stats)
+        return float((error * (error @ gram.double() + shift * error)).sum())
+    if fit == "fisher":
+        rows, columns = fwsvd.weights_of(weight, stats, "both")
+        error = rows.sqrt()[:, None] * error * columns.sqrt()
+    return float(error.square().sum())
 
 
 Pairs = list[list[tuple[Tensor, Tensor]]]  # (u [s, r], v [r, p]) of each block, by output and then by input block
