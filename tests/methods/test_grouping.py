@@ -1,4 +1,6 @@
 """Which rows share an output block: planted groups are found, and no layer is worse than with its rows in place."""
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -176,7 +178,9 @@ def test_a_model_is_grouped_saved_and_loaded(name, tiny_llama, tmp_path):
     plan = lowfat.plan(tiny_llama, method=name, ratio=0.5, arguments={"blocks": 2, "grouped": True})
     plan.save(tmp_path / "plan.json")
     assert lowfat.Plan.load(tmp_path / "plan.json") == plan
-    report = lowfat.factorize(tiny_llama, plan)
+    other = deepcopy(tiny_llama)
+    report = lowfat.factorize(tiny_llama, plan, resume=tmp_path / "layers")
+    lowfat.factorize(other, plan, resume=tmp_path / "layers")  # reads what the first call kept
     layers = {layer: module for layer, module in tiny_llama.named_modules() if isinstance(module, Monarch)}
     assert report.parameters == plan.totals()["parameters"] and any(module.rows is not None for module in layers.values())
     for entry in report.layers:
@@ -184,6 +188,7 @@ def test_a_model_is_grouped_saved_and_loaded(name, tiny_llama, tmp_path):
         assert entry.index_bytes == (0 if rows is None else 4 * len(rows))
     ids = torch.arange(12).view(2, 6)
     expected = tiny_llama(ids).logits
+    assert torch.equal(other(ids).logits, expected)
     lowfat.save(tiny_llama, tmp_path / "half")
     for loaded in (lowfat.load(tmp_path / "half"), type(tiny_llama).from_pretrained(tmp_path / "half")):
         assert torch.equal(loaded(ids).logits, expected)
