@@ -28,7 +28,7 @@
 #include "device/load.h"
 #include "device/mma.h"
 #include "device/reduce.h"
-#include "low_rank/splits.h"
+#include "device/splits.h"
 
 namespace low_rank {
 
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_sums(const __grid_c
     const BackwardSum& one = p.list[which];
     const int64_t stride = int64_t{4} * gridDim.x * Config::kThreads;
     for (int64_t i = 4 * (int64_t{blockIdx.x} * Config::kThreads + threadIdx.x); i < one.count; i += stride) {
-      float4 sum = sum_of_splits<Config::kSplitsAtOnce>(one.partials + i, one.count, one.splits);
+      float4 sum = device::sum_of_splits<Config::kSplitsAtOnce>(one.partials + i, one.count, one.splits);
       if (one.is_added) {
         float* into = static_cast<float*>(one.sum) + i;
         const float4 before = device::load16_floats_l2(into);

@@ -27,10 +27,10 @@
 #include "device/grid.h"
 #include "device/launch.h"
 #include "device/load.h"
+#include "device/splits.h"
 #include "device/warp_product.h"
 #include "low_rank/epilogue.h"
 #include "low_rank/low_rank.h"
-#include "low_rank/splits.h"
 
 namespace low_rank {
 
@@ -244,7 +244,7 @@ LOWFAT_DEVICE void add_up(const SmallBatchSm80Params& p) {
   using T = typename Config::Element;
   const int count = p.in.m * p.in.r;
   for (int i = 4 * (blockIdx.x * Config::kThreads + threadIdx.x); i < count; i += 4 * gridDim.x * Config::kThreads) {
-    const float4 sum = sum_of_splits<Config::kSplitsAtOnce>(p.partials + i, count, p.splits);
+    const float4 sum = device::sum_of_splits<Config::kSplitsAtOnce>(p.partials + i, count, p.splits);
     device::store(reinterpret_cast<uint2*>(p.in.h + i),
                   make_uint2(device::pack2<T>(sum.x, sum.y), device::pack2<T>(sum.z, sum.w)));
   }

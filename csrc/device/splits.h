@@ -3,7 +3,7 @@
 
 #include "device/load.h"
 
-namespace low_rank {
+namespace device {
 
 // Four neighbours of [splits, stride], kAtOnce loads on their way.
 template <int kAtOnce>
@@ -14,7 +14,7 @@ LOWFAT_DEVICE float4 sum_of_splits(const float* partials, int64_t stride, int sp
 #pragma unroll
     for (int s = 0; s < kAtOnce; ++s) {
       parts[s] = make_float4(0, 0, 0, 0);
-      if (split + s < splits) parts[s] = device::load16_floats_l2(partials + (split + s) * stride);
+      if (split + s < splits) parts[s] = load16_floats_l2(partials + (split + s) * stride);
     }
 #pragma unroll
     for (int s = 0; s < kAtOnce; ++s) {
@@ -27,4 +27,4 @@ LOWFAT_DEVICE float4 sum_of_splits(const float* partials, int64_t stride, int sp
   return sum;
 }
 
-}  // namespace low_rank
+}  // namespace device
