@@ -14,6 +14,7 @@
 #include "host/gpu.h"
 #include "host/tensor.h"
 #include "monarch/forward.h"
+#include "monarch/library.h"
 
 // Lives in libtorch_cuda.so alone: see host/cuda_stream.h.
 #pragma weak aoti_torch_cuda_baddbmm_out
@@ -23,7 +24,6 @@ namespace {
 
 CallCounter batched_calls("monarch", "cuda", "batched"), library_calls("monarch", "cuda", "library");
 
-using Dimensions = std::vector<int64_t>;
 using Results = std::tuple<Tensor, Tensor>;  // y, h
 
 // Contiguous: the same bits for every layout of the same values, on whichever path.
@@ -37,42 +37,11 @@ struct Arguments {
   }
 };
 
-// --- the library: what the reference does, by torch's own products and copies ---
-
-Tensor padded(const Tensor& rows, int64_t columns) {
-  const int64_t more[] = {0, columns - rows.size(1)};
-  return more[1] == 0 ? rows : torch::stable::pad(rows, more);
-}
-
-Tensor permuted(const Tensor& t, const Dimensions& order) {
-  return call_torch("aten::permute", "", t, torch::headeronly::IntHeaderOnlyArrayRef(order));
-}
-
-Tensor shaped(const Tensor& t, const Dimensions& sizes) { return torch::stable::reshape(t, sizes); }
-
-Tensor times_transposed(const Tensor& a, const Tensor& w) {
-  return torch::stable::matmul(a, torch::stable::transpose(w, 1, 2));
-}
-
-// [rows, n] -> [b_out, rows, s]
-Tensor split_outputs(const Call& s, const Tensor& rows) {
-  const Tensor all = padded(rows, s.b_out * s.s);
-  return s.interleave ? permuted(shaped(all, {rows.size(0), s.s, s.b_out}), {2, 0, 1})
-                      : torch::stable::transpose(shaped(all, {rows.size(0), s.b_out, s.s}), 0, 1);
-}
-
-// [b_out, m, s] -> [m, n]
-Tensor join_outputs(const Call& s, const Tensor& y) {
-  Tensor rows = shaped(s.interleave ? permuted(y, {1, 2, 0}) : torch::stable::transpose(y, 0, 1), {s.m, s.b_out * s.s});
-  return as_contiguous(torch::stable::narrow(rows, 1, 0, s.n));
-}
+// --- the library: what the reference does ---
 
 Results library(const Call& s, const Arguments& in) {
   library_calls.count();
-  const Tensor blocks = shaped(padded(shaped(in.x, {s.m, s.k}), s.b_in * s.p), {s.m, s.b_in, s.p});
-  const Tensor z = times_transposed(torch::stable::transpose(blocks, 0, 1), in.v);
-  const Tensor h = as_contiguous(
-      shaped(permuted(shaped(z, {s.b_in, s.m, s.r, s.b_out}), {3, 1, 0, 2}), {s.b_out, s.m, s.b_in * s.r}));
+  const Tensor h = to_middle(s, times_transposed(split_inputs(s, shaped(in.x, {s.m, s.k})), in.v));
   if (!in.bias) return {join_outputs(s, times_transposed(h, in.u)), h};
   STD_TORCH_CHECK(&aoti_torch_cuda_baddbmm_out != nullptr, "monarch: this torch has no CUDA support");
   const Tensor y = empty(s.kind, {s.b_out, s.m, s.s});
