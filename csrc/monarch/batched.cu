@@ -324,16 +324,19 @@ const char* launch_tile(const BatchedParams& p, void* stream) {
   }
 }
 
+const char* launch_batch(const BatchedParams& p, Dtype dtype, void* stream) {
+  return dtype == Dtype::bfloat16 ? launch_tile<device::Bf16>(p, stream) : launch_tile<device::Fp16>(p, stream);
+}
+
+const char* launch_middle(const Plan& plan, const MonarchOperands& operands, Dtype dtype, void* stream) {
+  const auto& o = operands;
+  return launch_batch({first_batch(o.sizes), plan, o.x, o.v, nullptr, o.h}, dtype, stream);
+}
+
 const char* launch_monarch(const MonarchPlan& plan, const MonarchOperands& operands, Dtype dtype, void* stream) {
   const auto& o = operands;
-  const BatchedParams both[] = {{first_batch(o.sizes), plan.first, o.x, o.v, nullptr, o.h},
-                                {second_batch(o.sizes), plan.second, o.h, o.u, o.bias, o.y}};
-  for (const BatchedParams& one : both) {
-    const char* error = dtype == Dtype::bfloat16 ? launch_tile<device::Bf16>(one, stream)
-                                                 : launch_tile<device::Fp16>(one, stream);
-    if (error) return error;
-  }
-  return nullptr;
+  if (const char* error = launch_middle(plan.first, o, dtype, stream)) return error;
+  return launch_batch({second_batch(o.sizes), plan.second, o.h, o.u, o.bias, o.y}, dtype, stream);
 }
 
 }  // namespace monarch

@@ -27,4 +27,7 @@ struct MonarchOperands {
 // Two launches. Returns null, or what CUDA says is wrong.
 const char* launch_monarch(const MonarchPlan& plan, const MonarchOperands& operands, Dtype dtype, void* stream);
 
+// The first of them alone: h of x and v, the rounded middle.
+const char* launch_middle(const Plan& plan, const MonarchOperands& operands, Dtype dtype, void* stream);
+
 }  // namespace monarch

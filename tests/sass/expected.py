@@ -59,6 +59,9 @@ SMALL_BATCH_SM80 = dict(tensor_core=r"HMMA\.16816\.F32", weight_loads=8, fences=
 # monarch/batched.cu. In front of the first barrier two slabs are asked for, of each a piece or more of tokens and of weights;
 # two CTAs share a multiprocessor. The narrow loads are the bias, at any address.
 MONARCH = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
+# monarch/backward.cu. In front of the first barrier two stages are asked for: of a group of 1, 2, 4, 8 blocks five, three, four,
+# six pieces. Two CTAs share a multiprocessor. Sums over splits have four loads on their way.
+MONARCH_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", registers=128)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, activation_ffma=36, **DECODE),
@@ -88,6 +91,11 @@ KERNELS = [
     Expected("monarch/batched.cu", r"batched_product<.*64, 128>", registers=96, copies_before_barrier=6, **MONARCH),
     Expected("monarch/batched.cu", r"batched_product<.*64, 64>", registers=80, copies_before_barrier=4, **MONARCH),
     Expected("monarch/batched.cu", r"batched_product<.*(16|32), 64>", registers=80, copies_before_barrier=3, **MONARCH),
+    Expected("monarch/backward.cu", r"backward_product<.*false, 1>", copies_before_barrier=10, **MONARCH_BACKWARD),
+    Expected("monarch/backward.cu", r"backward_product<.*true, 2>", copies_before_barrier=6, **MONARCH_BACKWARD),
+    Expected("monarch/backward.cu", r"backward_product<.*(true|false), 4>", copies_before_barrier=8, **MONARCH_BACKWARD),
+    Expected("monarch/backward.cu", r"backward_product<.*true, 8>", copies_before_barrier=12, **MONARCH_BACKWARD),
+    Expected("monarch/backward.cu", r"monarch::backward_sums<", registers=64, weight_loads=4),
 ]
 
 
