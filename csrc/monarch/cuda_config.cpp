@@ -3,15 +3,6 @@
 #include "monarch/monarch_cuda.h"
 
 namespace monarch {
-namespace {
-
-// The reference's batched products: without a kernel of ours on any device.
-Described describe_backward(const Problem& p) { return {{"path", p.m == 0 ? "empty" : "library"}}; }
-
-const RegisterOp registered_backward({"monarch_backward", {}, {}, &describe_backward});
-
-}  // namespace
-
 // Not measured on a GPU yet: our kernel wherever it can, since the library's products need two permuted copies, of the
 // middle and of y, that it does not.
 MonarchPlan choose_monarch(const Problem& p) {

@@ -43,11 +43,6 @@ def test_blocks_share_a_store_as_far_as_their_results_lie_between_each_other():
     assert config(n=4091)["second_stores"] == "elements"
 
 
-@needs_library
-def test_gradients_have_no_kernel_yet():
-    assert _native.native.choose_config("monarch_backward", m=4096, n=4096, k=4096, r=64, device="cuda")["path"] == "library"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("interleave", FORMS)
