@@ -7,7 +7,8 @@ from torch.nn.functional import gelu, linear, silu
 
 from lowfat import _native
 from lowfat.bench.gates import Chain, chain, failed_gates, finished, product_of
-from lowfat.ops.monarch import join_outputs, reference, reference_training
+from lowfat.bench.monarch_backward import known_gradients
+from lowfat.ops.monarch import join_outputs, reference, reference_backward, reference_training
 
 OPS = torch.ops.lowfat
 K, N, R = 776, 520, 72  # ragged against tiles of 16 and 64 rows and steps of 32 and 64
@@ -106,21 +107,41 @@ def monarch(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
     return failed
 
 
+def monarch_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Both forms, with 2, 4 and 8 blocks that are read together, and with none; the middle kept, and made."""
+    failed, k = [], 768
+    for b_in, b_out, r, n in ((4, 4, 24, 544), (48, 40, 1, 640), (4, 2, 12, 528), (2, 1, 24, 504)):
+        v = torch.randn(b_in, b_out * r, k // b_in, device=device).mul_(0.2).to(dtype)
+        u = torch.randn(b_out, -(-n // b_out), b_in * r, device=device).mul_(0.2).to(dtype)
+        x, dy = (torch.randn(m, size, device=device).to(dtype) for size in (k, n))
+        for interleave in (True, False):
+            h = reference_training(x, v, u, None, n, interleave)[1]
+            for kept in (h, None):
+                args = dy, x, kept, v, u, 15, n, interleave
+                chains = known_gradients(dy, x, kept, v, u, n, interleave)
+                for found, plain, known in zip(OPS.monarch_backward(*args), reference_backward(*args), chains, strict=True):
+                    failed += failed_gates(found.view_as(known.y64), plain.view_as(known.y64), known)
+    return failed
+
+
 # function -> the op whose choice of a path and whose counters it shares, and the values of m
 CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_rank", (1, 16, 100, 300)),
          low_rank_group: ("low_rank_group", (5,)), low_rank_swiglu: ("low_rank_swiglu", (5,)),
          low_rank_pivoted: ("low_rank_pivoted", (5,)), low_rank_backward: ("low_rank_backward", (100,)),
-         low_rank_backward_into: ("low_rank_backward_into", (100,)), monarch: ("monarch", (1, 16, 100))}
+         low_rank_backward_into: ("low_rank_backward_into", (100,)), monarch: ("monarch", (1, 16, 100)),
+         monarch_backward: ("monarch_backward", (100,))}
 NO_KERNEL = ("library", "members")
 
 
 def path_here(op: str, m: int, dtype: torch.dtype) -> str:
     """The path that this problem has on this GPU."""
     about = torch.cuda.get_device_properties()
-    return _native.native.choose_config(op, m=m, n=N, k=K, r=R, dtype=str(dtype).removeprefix("torch."), device="cuda",
+    sizes = {"k": K, "n": N, "r": R, "members": 3 if op == "low_rank_group" else 1}
+    if op in ("monarch", "monarch_backward"):  # their own: 776 inputs in 4 blocks are no whole pieces
+        sizes = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}
+    return _native.native.choose_config(op, m=m, dtype=str(dtype).removeprefix("torch."), device="cuda",
                                         arch=about.major * 10 + about.minor, sm_count=about.multi_processor_count,
-                                        members=3 if op == "low_rank_group" else 1,
-                                        **({"b_in": 4, "b_out": 4} if op == "monarch" else {}))["path"]
+                                        **sizes)["path"]
 
 
 def main() -> int:

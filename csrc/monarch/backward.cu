@@ -3,24 +3,24 @@
 //
 //   x [m, k]   v [b_in, r b_out, p]   h [b_out, m, b_in r]   u [b_out, s, b_in r]   dy [m, n]   bf16, fp16; sums in float
 //
-//   dz = dy[o] u[o]     [b_in, m, b_out r]  rounded once   activations: a lies along the contraction     a   [rows, depth]
-//   dx = dz[i] v[i]     [m, k]                                                                            b   [depth, columns]
-//   du = dy[o]^T h[o]   like u   db = sum of dy            weights: both lie across it, the tokens       a   [depth, rows]
-//   dv = dz[i]^T x[i]   like v                                                                            b   [depth, columns]
+//   dz = dy[o] u[o]     [b_in, m, b_out r]  rounded once   activations: a lies along the contraction   a   [rows, depth]
+//   dx = dz[i] v[i]     [m, k]                                                                          b   [depth, columns]
+//   du = dy[o]^T h[o]   like u   db = sum of dy            weights: both lie across it, the tokens     a   [depth, rows]
+//   dv = dz[i]^T x[i]   like v                                                                          b   [depth, columns]
 //
-// One kernel does all four. A CTA has a tile of 256 rows times 64 columns: rows of one block, or of several neighbouring ones
-// (a group), 32 to a warp. cp.async brings stage after stage of the contraction into shared memory, two ahead of the one in
-// use; ldmatrix turns what lies the wrong way round on its way to the tensor core. Where columns of dy's blocks lie between
-// each other (o + b_out c), each piece of 16 bytes has an element of every block of the group, and a warp gathers those of its
-// own from shared memory, element by element: dy is read from global memory in whole pieces, and once.
+// One kernel does all four. A CTA has a tile of 256 rows times 64 columns: rows of one block, or of several neighbours (a
+// group), 32 to a warp. cp.async brings stage after stage of the contraction into shared memory, two ahead of the one in use;
+// ldmatrix turns what lies the wrong way round on its way to the tensor core. Where columns of dy's blocks lie between each
+// other (o + b_out c), each piece of 16 bytes has elements of every block of the group, and a warp gathers those of its own
+// from shared memory, one by one: dy is read from global memory in whole pieces of which all is used.
 //
 //     dy, 4 blocks, a group of 4           8 warps: blocks x parts of 32 rows       a stage of a: rows of all blocks
 //     token  0 1 2 3 0 1 2 3 0 1 2 3           [0 0] [1 1] [2 2] [3 3]                        of b: [0] [1] [2] [3]
 //
 // Columns of dz are ordered by output block, so that a group's results are runs, too.
 //
-// What splits of the tokens have summed lies in global memory, in floats, until the last launch adds it up in their order and
-// rounds: the same call gives the same bits. Whoever has the first columns of du sums dy for db.
+// What splits of the tokens have summed lies in global memory, in floats, until the last launch adds it up in their order
+// and rounds: the same call gives the same bits. Whoever has the first columns of du sums dy for db.
 //
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "monarch/backward.h"
@@ -188,7 +188,8 @@ struct BackwardTile {
   }
 
   // Two column fragments at a time: rows 0..7 and 8..15 of the contraction of one, then of the other.
-  LOWFAT_DEVICE void load_fragments_b(uint32_t (&b)[Config::kColumnFragments / 2][4], const uint8_t* smem_b, int depth) const {
+  LOWFAT_DEVICE void load_fragments_b(uint32_t (&b)[Config::kColumnFragments / 2][4], const uint8_t* smem_b,
+                                      int depth) const {
     const device::Position at = device::ldmatrix_row(device::lane_index());
     const int row = block_of_warp() * Config::kDepth + depth + at.row;
 #pragma unroll
@@ -228,8 +229,8 @@ struct BackwardTile {
     }
   }
 
-  // Through all stages of the split: wait for one, ask for the one two ahead, multiply. The barrier shows everybody's copies,
-  // and that nobody still reads where the next ones go.
+  // Through all stages of the split: wait for one, ask for the one two ahead, multiply. The barrier shows everybody's
+  // copies, and that nobody still reads where the next ones go.
   LOWFAT_DEVICE void multiply_split() {
     const Steps steps = steps_of_split(product, p.plan, place.split);
     Copies copies(*this, steps.first * Config::kDepth);

@@ -33,8 +33,8 @@ const RegisterOp registered({"monarch_backward", {}, compiled_cuda_archs(), &des
 // arithmetic is not all there is (with larger blocks it is, and the library's products are hard to beat in spite of the
 // copies around them) and where a tile is not mostly empty.
 BackwardPlan choose_backward(const Problem& p, int needs) {
-  const bool has_kernel = (p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16) && p.device == Device::cuda && p.is_aligned;
-  if (!has_kernel || p.m < kBackwardRows || p.b_in < 1 || p.b_out < 1) return {};
+  const bool is_half = p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16;
+  if (!is_half || p.device != Device::cuda || !p.is_aligned || p.m < kBackwardRows || p.b_in < 1 || p.b_out < 1) return {};
   for (const int64_t size : {device::ceil_div(p.k, p.b_in), device::ceil_div(p.n, p.b_out), p.b_in * p.r, p.b_out * p.r}) {
     if (size > kBackwardBlock) return {};
   }

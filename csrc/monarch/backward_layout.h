@@ -1,9 +1,9 @@
-// Who does what in the backward kernels of monarch, and where it lies: pure functions of the sizes, for the kernels, the host
-// and tests.
+// Who does what in the backward kernels of monarch, and where it lies: pure functions of the sizes, for kernels, the host and
+// tests.
 //
-// Every gradient but the bias's is a product of each block, c [rows, columns] = a b over a contraction `depth`. A tile is 256
-// rows times 64 columns, the rows those of one block or parts of several neighbouring blocks (a group): a warp has 32 rows of
-// one block. The contraction of a weight's gradient, the tokens, is cut into splits.
+// Every gradient but the bias's is a product of each block, c [rows, columns] = a b over a contraction `depth`. A tile has
+// 256 rows times 64 columns, the rows those of one block or parts of several neighbouring blocks (a group): a warp has 32
+// rows of one block. The contraction of a weight's gradient, the tokens, is cut into splits.
 #pragma once
 
 #include <cstdint>
@@ -93,15 +93,15 @@ LOWFAT_CONSTEXPR int product_depth(int group) { return group == 1 ? 32 : 16; }
 
 LOWFAT_CONSTEXPR int rows_of_group(int group) { return kTileRows / group; }  // of each block
 
-// 16-byte pieces of a row of a. All blocks of the group share the row: block after block, or, where their elements lie between
-// each other, as in global memory.
+// 16-byte pieces of a row of a. All blocks of the group share the row: block after block, or, where their elements lie
+// between each other, as in global memory.
 LOWFAT_CONSTEXPR int pieces_of_a(int group, bool is_across) {
   return (is_across ? kTileRows : group * product_depth(group)) / 8;
 }
 constexpr int kPiecesOfB = kTileColumns / 8;  // rows of b: those of the contraction of the first block, of the next...
 
-// Where 16-byte piece `piece` of row `row` lies, counted in pieces: moved within the row, so that one column's pieces of eight
-// neighbouring rows lie in different banks. A row has 4 pieces or a multiple of 8.
+// Where 16-byte piece `piece` of row `row` lies, counted in pieces: moved within the row, so that one column's pieces of
+// eight neighbouring rows lie in different banks. A row has 4 pieces or a multiple of 8.
 LOWFAT_CONSTEXPR int piece_at(int row_pieces, int row, int piece) {
   return row * row_pieces + (row_pieces == 4 ? piece ^ row / 2 % 4 : piece ^ row % 8);
 }
@@ -175,7 +175,7 @@ LOWFAT_CONSTEXPR ProductPlan plan_product(const Product& p, int sm_count) {
   return plan;
 }
 
-// How a tile's results are stored: in pieces of 16 bytes that lie along a row of the tile, or hold elements of several blocks.
+// How a tile's results are stored: in pieces of 16 bytes that lie along a row of the tile, or have elements of several blocks.
 enum class Stores { elements, along, across };
 
 LOWFAT_CONSTEXPR Stores stores_of(const Product& p, const ProductPlan& plan) {

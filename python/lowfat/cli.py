@@ -256,8 +256,8 @@ def bench(
     out: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Writes FILE.json and FILE.png.")] = None,
     device: Device = "auto", as_json: Json = False,
 ) -> None:
-    """Races OP (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch) against torch's own products (pair:
-    the best way to compose them) and the dense layer, and checks the results it timed.
+    """Races OP (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch, monarch_backward) against torch's own
+    products (pair: the best way to compose them) and the dense layer, and checks the results it timed.
 
     Example:  lowfat bench low_rank --shapes minilm --rows 1,8
     """

@@ -122,8 +122,8 @@ def test_the_command_shows_and_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["high_rank"], "op must be one of low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch; found "
-     "'high_rank'"),
+    (["high_rank"], "op must be one of low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch, "
+     "monarch_backward; found 'high_rank'"),
     (["low_rank", "--shapes", "llama-8c"], "neither one of llama-8b, bert-base, minilm nor sizes k:n:r"),
     (["low_rank", "--shapes", "64:96"], "'64:96' is neither"),
     (["low_rank", "--shapes", "64:96:65"], "rank must be between 1 and 64 for 64 -> 96; found 65"),
@@ -177,7 +177,7 @@ def test_work_counts_every_number_once(op):
     x = torch.randn(40, 64).bfloat16()
     ours = raced.candidates(x, 96, 16)[op]
     y = timing.outputs_of(ours.call(*ours.operands(timing.Pool(torch.bfloat16, raced.SCALE).next(ours.count))))
-    inputs = 40 * (96 + 16) if op == "low_rank_backward" else 0  # dy and h
+    inputs = {"low_rank_backward": 40 * (96 + 16), "monarch_backward": 40 * (96 + 16 * 4 * 4)}.get(op, 0)  # dy and h
     assert raced.work(layer, 40)[0] == x.numel() + inputs + ours.count + sum(one.numel() for one in y)
 
 

@@ -1,5 +1,5 @@
-// Who does what in the backward kernels of monarch, for a wide range of sizes: each element where the op defines it, each tile
-// and piece once, whole pieces where they are promised, and no bank more often than it has to be.
+// Who does what in the backward kernels of monarch, for a wide range of sizes: each element where the op defines it, each
+// tile and piece once, whole pieces where they are promised, and no bank more often than it has to be.
 #include "monarch/backward_layout.h"
 
 #include <map>
@@ -118,7 +118,7 @@ void each_tile_and_split_has_one_cta(uint64_t) {
   });
 }
 
-// Eight neighbours of a's tile that a thread copies together are neighbours in memory, aligned, and there or not there together.
+// Eight neighbours of a's tile that a thread copies together are neighbours in memory, aligned, and all there or none.
 void pieces_are_whole(uint64_t) {
   int gathered = 0, runs = 0;
   each_problem([&](const Sizes& s) {
@@ -156,7 +156,7 @@ void pieces_are_whole(uint64_t) {
             const int64_t first = p.c.offset(block, 7, column);
             check::equal(first % 8, 0, "an aligned piece of several blocks", column);
             for (int e = 0; e < plan.group * unit; ++e) {
-              check::equal(p.c.offset(block + e / unit, 7, column + e % unit), first + e, "in one run, of several blocks", e);
+              check::equal(p.c.offset(block + e / unit, 7, column + e % unit), first + e, "in one run, of blocks", e);
             }
           }
         }
@@ -218,7 +218,7 @@ void plans_keep_their_limits(uint64_t) {
             if (one->group == 0) continue;
             const bool is_weight = one == &plan.dv || one == &plan.du;
             check::that(is_weight || one->splits == 1, "only tokens are split");
-            check::that(one->splits == 1 || one->grid <= kResidentBlocks * sm_count, "splits fill the GPU, no more", one->grid);
+            check::that(one->splits == 1 || one->grid <= kResidentBlocks * sm_count, "no more than the GPU has room for");
             check::equal(one->grid, one->groups * one->row_tiles * one->column_tiles * one->splits, "CTAs");
             check::that(one->gathers == (s.interleave && s.b_out > 1 && one != &plan.dx && one != &plan.dv), "gathers");
           }

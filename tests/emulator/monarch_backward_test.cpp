@@ -1,4 +1,4 @@
-// The backward kernels of monarch in the emulator: both forms, both dtypes, every group of blocks, every choice of gradients.
+// The backward kernels of monarch in the emulator: both forms and dtypes, every group of blocks, every choice of gradients.
 //
 // Outputs and workspace start as NaN and have exact bounds; each access outside is reported, and so is any of an operand
 // that the wanted gradients do not need. All seeds must agree to the bit: threads run in another order with each.
@@ -23,17 +23,17 @@ struct Shape {
 };
 
 const Shape kRagged[] = {
-    {1, 8, 8, 1, 1, 8, kBoth, 0},             // one of everything
-    {5, 64, 64, 8, 8, 1, kBoth, 0},           // a group of eight blocks: pieces with an element of each
-    {40, 256, 256, 16, 16, 1, kBoth, 2},      // two groups; splits of the tokens
-    {70, 208, 168, 9, 4, 8, kInterleaved, 0},    // four blocks between each other; inputs that blocks and groups do not divide
-    {33, 120, 136, 16, 2, 4, kInterleaved, 3},   // two; the last input block has nothing but padding; the last split one token
-    {130, 144, 272, 2, 2, 68, kBoth, 0},      // several tiles of rows and columns; a rank of no whole pieces
-    {257, 72, 144, 1, 3, 8, kRuns, 5},        // three output blocks: the last of a group are missing
-    {65, 256, 120, 8, 16, 1, kBoth, 2},       // outputs that the blocks do not divide: the last one has some, or none
-    {300, 80, 104, 2, 4, 12, kInterleaved, 4},   // single elements of dz from a group
-    {49, 48, 56, 3, 8, 8, kInterleaved, 0},   // pieces of dz along the rank, of eight blocks
-    {35, 48, 32, 6, 2, 8, kBoth, 0},          // and of two
+    {1, 8, 8, 1, 1, 8, kBoth, 0},               // one of everything
+    {5, 64, 64, 8, 8, 1, kBoth, 0},             // a group of eight blocks: pieces with an element of each
+    {40, 256, 256, 16, 16, 1, kBoth, 2},        // two groups; splits of the tokens
+    {70, 208, 168, 9, 4, 8, kInterleaved, 0},   // four blocks between each other; inputs that the blocks do not divide
+    {33, 120, 136, 16, 2, 4, kInterleaved, 3},  // two; the last input block is padding; the last split has one token
+    {130, 144, 272, 2, 2, 68, kBoth, 0},        // several tiles of rows and columns; a rank of no whole pieces
+    {257, 72, 144, 1, 3, 8, kRuns, 5},          // three output blocks: the last of a group are missing
+    {65, 256, 120, 8, 16, 1, kBoth, 2},         // outputs that the blocks do not divide: the last one has some, or none
+    {300, 80, 104, 2, 4, 12, kInterleaved, 4},  // single elements of dz from a group
+    {49, 48, 56, 3, 8, 8, kInterleaved, 0},     // pieces of dz along the rank, of eight blocks
+    {35, 48, 32, 6, 2, 8, kBoth, 0},            // and of two
 };
 
 struct Case {
@@ -160,8 +160,8 @@ struct Operands {
   Bits dy, x, h, v, u;
 };
 
-// Normal values; the rows of dy are of different sizes, so that no row can pass for another. Or whole numbers, so few of them
-// that every result is exact.
+// Normal values; the rows of dy are of different sizes, so that no row can pass for another. Or whole numbers, so few of
+// them that every result is exact.
 template <class T>
 Operands operands(const Case& c, bool is_whole) {
   const Sizes s = sizes_of(c);
@@ -414,8 +414,8 @@ void as_planned_for_a_gpu(uint64_t seed) {
   Case split = c;
   split.shape.splits = plan.dv.splits;
   const Operands in = operands<device::Bf16>(c, false);
-  const Gradients all = run<device::Bf16>(split, in, kAll, true, {seed}), few = run<device::Bf16>(split, in, kAll, true, {seed, 3});
-  check::that(is_same(all, few), "the same bits");
+  const Gradients all = run<device::Bf16>(split, in, kAll, true, {seed});
+  check::that(is_same(all, run<device::Bf16>(split, in, kAll, true, {seed, 3})), "the same bits");
 }
 
 void an_empty_plan_is_refused(uint64_t) {

@@ -4,16 +4,18 @@ import torch
 
 import gates
 from lowfat import _native
+from lowfat.bench.monarch_backward import known_gradients
 from lowfat.ops import monarch
 from lowfat.ops.monarch import reference_backward, reference_training
-from ops.test_monarch import known_gradients, normal, whole
+from ops.test_monarch import normal, whole
 
 OPS = torch.ops.lowfat
 needs_library = pytest.mark.skipif(_native.native is None, reason=f"no compiled library: {_native.why_not}")
 # m, k, n, blocks in and out, rank: groups of 8, 4 and 2 blocks between each other and of runs; splits; padded inputs and
 # outputs; every way of storing dz
-BOTH = {"many blocks": (520, 4096, 4096, 64, 64, 1), "bert": (4096, 768, 768, 4, 4, 48), "one block": (100, 776, 520, 1, 1, 72),
-        "padded outputs": (65, 256, 120, 8, 16, 1), "eight blocks": (300, 4096, 4096, 8, 8, 64)}
+BOTH = {"many blocks": (520, 4096, 4096, 64, 64, 1), "bert": (4096, 768, 768, 4, 4, 48),
+        "one block": (100, 456, 504, 1, 1, 72), "padded outputs": (65, 256, 120, 8, 16, 1),
+        "eight blocks": (300, 4096, 4096, 8, 8, 64)}
 INTERLEAVED = {"padded inputs": (70, 208, 168, 9, 4, 8), "a block of padding": (64, 120, 136, 16, 2, 4),
                "odd ranks": (300, 80, 104, 2, 4, 12)}
 RUNS = {"three blocks": (257, 72, 144, 1, 3, 8)}
@@ -50,6 +52,14 @@ def test_the_path_follows_what_the_kernels_cover(path, changes):
 
 
 @needs_library
+@pytest.mark.parametrize(("shape", "interleave"), CASES)
+def test_what_is_run_on_a_gpu_below_is_planned_for_the_kernels(shape, interleave):
+    sizes = dict(zip(("m", "k", "n", "b_in", "b_out", "r"), shape))
+    for gpu in ({}, {"arch": 80, "sm_count": 108}, {"arch": 86, "sm_count": 84}):
+        assert config(**sizes, interleave=interleave, **gpu)["path"] == "kernels"
+
+
+@needs_library
 def test_the_plan_is_told():
     assert config() == {"path": "kernels", "dz_group": 8, "dz_grid": 1024, "dz_splits": 1, "dx_group": 1, "dx_grid": 1024,
                         "dx_splits": 1, "dv_group": 4, "dv_grid": 256, "dv_splits": 16, "du_group": 8, "du_grid": 256,
@@ -69,7 +79,7 @@ def test_kernels_within_the_gates(shape, interleave, dtype):
     found = gates.check_call(lambda *a: OPS.monarch_backward(*a, 15, n, interleave), (dy, x, h, v, u))
     assert paths() == before | {"kernels": before["kernels"] + 2}  # check_call calls twice
     plain = reference_backward(dy, x, h, v, u, 15, n, interleave)
-    for name, mine, theirs, chain in zip(NAMES, found, plain, known_gradients(dy, x, v, u, n, interleave)):
+    for name, mine, theirs, chain in zip(NAMES, found, plain, known_gradients(dy, x, None, v, u, n, interleave)):
         flat = (t.reshape(chain.y64.shape) for t in (mine, theirs))
         assert gates.failed_gates(*flat, chain) == [], name
     x, v, u, _ = whole(*shape, dtype, "cuda")
@@ -94,8 +104,8 @@ def test_kernels_compute_what_is_needed(needs, keep):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, shape", [
-    (torch.bfloat16, (63, 64, 48, 8, 4, 2)), (torch.bfloat16, (0, 64, 48, 8, 4, 2)), (torch.bfloat16, (65, 301, 130, 3, 4, 7)),
-    (torch.float32, (65, 64, 48, 8, 4, 2))])
+    (torch.bfloat16, (63, 64, 48, 8, 4, 2)), (torch.bfloat16, (0, 64, 48, 8, 4, 2)),
+    (torch.bfloat16, (65, 301, 130, 3, 4, 7)), (torch.float32, (65, 64, 48, 8, 4, 2))])
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_library_does_the_rest(dtype, shape, interleave, keep):
@@ -123,8 +133,8 @@ def test_autograd_reaches_the_kernels():
     (dict(u=torch.ones(2, 4, 5)), "u 5 columns"), (dict(x=torch.ones(6, 9).double()), "one dtype"),
     (dict(dy=torch.ones(6, 8).double()), "dy and h must have one dtype")])
 def test_mistakes_are_named(wrong, text):
-    sizes = dict(dy=torch.ones(6, 8), x=torch.ones(6, 9), h=torch.ones(2, 6, 6), v=torch.ones(3, 4, 3), u=torch.ones(2, 4, 6),
-                 n=8) | wrong
+    sizes = dict(dy=torch.ones(6, 8), x=torch.ones(6, 9), h=torch.ones(2, 6, 6), v=torch.ones(3, 4, 3),
+                 u=torch.ones(2, 4, 6), n=8) | wrong
     n = sizes.pop("n")
     with pytest.raises(RuntimeError, match=text):
         OPS.monarch_backward(*(t.cuda() for t in sizes.values()), 15, n, True)

@@ -9,11 +9,13 @@ from ..errors import ArgumentError
 from . import graphs, low_rank, low_rank_backward, low_rank_group, low_rank_swiglu
 from .measure import measure
 from .monarch import Monarch
+from .monarch_backward import MonarchBackward
 from .shapes import Layer, layers
 from .timing import Pool, header
 
 # modules as measure.py wants them, or objects that have the same; chains are for those that have measure_chain
-OPS = {raced.OP: raced for raced in (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, Monarch())}
+OPS = {raced.OP: raced for raced in (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, Monarch(),
+                                     MonarchBackward())}
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_ROWS = 1 << 16
 
