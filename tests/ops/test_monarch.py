@@ -83,6 +83,7 @@ def test_backward_gives_what_is_needed_and_nothing_else(needs, keep):
     expected = torch.autograd.grad(reference(*args, 11, True), args, dy)
     h = reference_training(x, v, u, bias, 11, True)[1] if keep else None
     found = gates.check_call(lambda *a: OPS.monarch_backward(*a, needs, 11, True), (dy, x, h, v, u))
+    assert all(mine.is_contiguous() for mine in found)  # on every device: torch.compile relies on it
     for i, (mine, theirs) in enumerate(zip(found, expected)):
         assert torch.equal(mine, theirs) if needs >> i & 1 else mine.shape == (0,)
 

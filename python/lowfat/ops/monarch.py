@@ -67,7 +67,7 @@ def split_inputs(x: Tensor, blocks: int, size: int) -> Tensor:
 def join_inputs(x: Tensor, k: int) -> Tensor:
     """[b_in, m, p] -> [m, k]"""
     blocks, m, size = x.shape
-    return x.transpose(0, 1).reshape(m, blocks * size)[:, :k]
+    return x.transpose(0, 1).reshape(m, blocks * size)[:, :k].contiguous()  # as kernels make it
 
 
 def to_middle(z: Tensor, b_out: int) -> Tensor:
