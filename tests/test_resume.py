@@ -18,7 +18,7 @@ import torch
 
 from lowfat import job, storage
 from lowfat.errors import ArgumentError, IntegrityError
-from lowfat.recovery import finetune
+from lowfat.recovery import finetune, staged
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -42,7 +42,15 @@ def run_finetune(work, **changes):
     return finetune(model, train, tokenizer=tok, out=work / "out", **options)
 
 
-JOBS = {"factorize": run_factorize, "finetune": run_finetune}
+def run_staged(work, **changes):
+    """Two stages of two steps and ten at the end, of which each stage, as the guard lets none pass, takes four more."""
+    options = {"steps": 14, "final_share": 0.7, "guard": 1e-6, "batch_size": 4, "max_length": 12, "save_every": 2,
+               "method": "whitened", "calibration_rows": 8, "order": "sensitivity", "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return staged(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
+
+JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged}
 
 
 def child(call):
@@ -128,7 +136,10 @@ def where(stages, name):
 
 
 POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5", "S6", "saved", "progress removal"],
-          "finetune": ["step 1", "step 3", "S2", "S6", "step 6", "last S3", "last S6", "progress removal"]}
+          "finetune": ["step 1", "step 3", "S2", "S6", "step 6", "last S3", "last S6", "progress removal"],
+          # the first stage has the steps 1 and 2, and 3 to 6 when it was undone; the second 7 and 8, and 9 to 12
+          "staged": ["ordered", "S6", "step 3", "stage 1", "step 10", "renamed", "last S6", "progress removal"]}
+
 
 
 @pytest.mark.timeout(180)
@@ -145,7 +156,8 @@ def test_killed_at_a_stage(tmp_path, name):
         assert result(tmp_path) == expected, point
 
 
-@pytest.mark.parametrize("name, number", [("factorize", 1), ("factorize", 2), ("finetune", 1), ("finetune", 3)])
+@pytest.mark.parametrize("name, number", [("factorize", 1), ("factorize", 2), ("finetune", 1), ("finetune", 3),
+                                          ("staged", 1), ("staged", 4)])
 def test_killed_while_deleting(tmp_path, name, number):
     """Deleting a folder takes a while: what is left of it must not pass for a complete one, nor for a damaged one."""
     dense_model(tmp_path / "dense")
@@ -172,14 +184,15 @@ def test_killed_while_deleting(tmp_path, name, number):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_killed_again_and_again(tmp_path, name):
-    """Twelve stages an attempt: more than saving a training state takes, fewer than the job, which still gets done."""
+    """Twelve stages an attempt: more than saving a training state takes, fewer than the job, which still gets done. (Thirty
+    of staged, which has five times as many.)"""
     dense_model(tmp_path / "dense")
     run = partial(JOBS[name], tmp_path)
     assert forked(run) == 0
     expected = result(tmp_path)
     shutil.rmtree(tmp_path / "out")
     for attempt in range(10):
-        if (code := dying(12, run)) == 0:
+        if (code := dying(30 if name == "staged" else 12, run)) == 0:
             break
         assert code == -signal.SIGKILL
     assert code == 0 and attempt > 0
@@ -192,7 +205,7 @@ def test_overwrite_survives_a_kill_between_the_renames(tmp_path, name):
     dense_model(tmp_path / "dense")
     run = partial(JOBS[name], tmp_path, overwrite=True)
     assert forked(run) == 0
-    expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}}[name]
+    expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}, "staged": {"seed": 4}}[name]
     assert forked(partial(run, **other)) == 0
     old = result(tmp_path)
     assert old != expected
@@ -212,6 +225,9 @@ CHANGES = {
                   "options.max_length": {"max_length": 10}, "options.method": {"method": "svd"}},
     "finetune": {"options.learning_rate": {"learning_rate": 2e-4}, "options.seed": {"seed": 4}, "data": {"rows": rows(9)},
                  "options.steps": {"steps": 7}, "options.autocast": {"autocast": False}},
+    "staged": {"options.guard": {"guard": 2.0}, "options.seed": {"seed": 4}, "options.order": {"order": "forward"},
+               "options.final_share": {"final_share": 0.6}, "options.calibration": {"calibration_rows": 7},
+               "options.ratio": {"ratio": 0.4}, "data": {"rows": rows(9)}, "options.method": {"method": "svd"}},
 }
 
 

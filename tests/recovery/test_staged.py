@@ -359,7 +359,8 @@ def test_half_precision_trains_in_fp32_and_comes_back(tiny_llama):
 @pytest.mark.parametrize("change, message", [
     ({"steps": -1}, "steps is -1"), ({"steps": 2.5}, "steps is 2.5"),
     ({"steps": 3}, "2 stages, and 0.5 of the steps after them, need 4"),
-    ({"steps": 23, "by": "matrix"}, "12 stages, .* need 24"), ({"by": "layer"}, "by is 'layer'"), ({"order": "up"}, "order is 'up'"), ({"final_share": 1.1}, "final_share is 1.1"),
+    ({"steps": 23, "by": "matrix"}, "12 stages, .* need 24"), ({"by": "layer"}, "by is 'layer'"),
+    ({"order": "up"}, "order is 'up'"), ({"final_share": 1.1}, "final_share is 1.1"),
     ({"final_share": math.nan}, "final_share"), ({"guard": 0}, "guard is 0"), ({"guard": math.nan}, "guard is nan"),
     ({"method": "qr"}, "method must be"), ({"policy": "fair"}, "policy must be"), ({"ratio": 1.5}, "ratio must be"),
     ({"arguments": {"rank": 3}}, "svd has no argument 'rank'"), ({"layers": ["x.*"]}, "matches no"),
