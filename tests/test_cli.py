@@ -18,7 +18,7 @@ from lowfat import show
 from lowfat.cli import app, main
 from lowfat.errors import ArgumentError
 
-COMMANDS = ("demo", "factorize", "finetune", "compare", "evaluate", "inspect", "bench", "doctor")
+COMMANDS = ("demo", "factorize", "finetune", "staged", "compare", "evaluate", "inspect", "bench", "doctor")
 STAGE = re.compile(r"(\w+): \d+ s")  # a line of progress where stderr is no terminal
 MAIN = [sys.executable, "-c", f"from {main.__module__} import main; main()"]
 
@@ -172,6 +172,10 @@ def test_a_mistake_is_one_line(work, places, mistake):
     ("finetune {dense} full --train {texts} --steps 2", "exists already"),
     ("finetune {dense} out --train {texts} --steps 2 --teacher {empty}", "not a model"),
     ("finetune {dense} out --train {texts} --steps 2 --learning-rate=-1", "learning_rate"),
+    ("staged {dense} out --train {texts} --steps 3", "2 stages, and 0.5 of the steps after them, need 4"),
+    ("staged {dense} out --train {texts} --by head", "by is 'head'; needs one of block, matrix"),
+    ("staged {dense} out --train {texts} --method fwsvd --set side=up", "side must be one of"),
+    ("staged {dense} full --train {texts}", "exists already"),
     ("inspect {empty}", "not a model"),
     ("inspect {dense} --layers nothing", "'nothing' matches no linear layer"),
     ("inspect {dense} --plot none/spectra.png", "the folder none does not exist"),
@@ -243,6 +247,11 @@ def test_the_whole_route(work, dense, texts):
     trained = lowfat("finetune", "half", "better", "--train", texts, "--validation", texts, "--teacher", dense,
                      "--steps", "4", "--batch-size", "4")
     assert "4 steps on cpu" in trained.stdout and "accuracy" in trained.stdout
+    by_stages = lowfat("staged", dense, "by-stages", "--train", texts, "--validation", texts, "--method", "whitened",
+                       "--steps", "8", "--batch-size", "4", "--final-share", "0.25", "--order", "sensitivity").stdout
+    assert re.search(r"bert.encoder.layer +\nstage +steps +loss before +after *\n[01] +3 +0\.\d{3} +0\.\d{3}", by_stages)
+    assert "8 steps on cpu" in by_stages and "accuracy" in by_stages and "parameters kept in these layers (4" in by_stages
+    assert json.loads(lowfat("evaluate", "by-stages", "--data", texts, "--json").stdout)["rows"] == 24
     assert json.loads(lowfat("evaluate", "better", "--data", texts, "--json").stdout)["rows"] == 24
     assert re.search(r"accuracy +[01]\.\d{4}", lowfat("evaluate", "better", "--data", texts, "--dtype", "bfloat16").stdout)
 
@@ -251,6 +260,7 @@ def test_the_whole_route(work, dense, texts):
 @pytest.mark.parametrize("command, stages", [
     ("factorize {dense} out --calibrate {texts}", ["opening", "calibrate", "factorize"]),
     ("finetune {dense} out --train {texts} --steps 3", ["opening", "training"]),
+    ("staged {dense} out --train {texts} --steps 4", ["opening", "training"]),
     ("evaluate {dense} --data {texts} --batch-size 2", ["opening", "accuracy"]),
     ("inspect {dense}", ["opening", "spectra"])])
 def test_one_line_for_each_stage(work, dense, texts, command, stages):

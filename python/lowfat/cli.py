@@ -22,7 +22,7 @@ from .errors import ArgumentError, DeviceError, LowfatError
 from .methods import METHODS, named
 from .plan import POLICIES
 from .show import (bar, print_json, show_bench, show_comparison, show_demo, show_doctor, show_numbers, show_report,
-                   show_spectra, show_training)
+                   show_spectra, show_staged, show_training)
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy inside newer typers
 
@@ -152,6 +152,52 @@ def finetune(
                           max_length=max_length, seed=seed, save_every=save_every,
                           out=out_folder, overwrite=overwrite, on_progress=partial(tell, stage="training"))
     print_json(report.to_json()) if as_json else show_training(report, out_folder)
+
+
+@app.command(short_help="Factorize block by block, training in between.")
+def staged(
+    model: Model, out_folder: Out,
+    train: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
+    teacher: Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")] = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.", show_default=False)] = "svd",
+    ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.", show_default=False)] = "per_matrix",
+    arguments: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE",
+                                                           help="Of the method: blocks=8.")] = None,
+    order: Annotated[str, typer.Option(metavar="NAME", help="backward, forward, sensitivity.")] = "backward",
+    steps: Annotated[int, typer.Option(metavar="N", help="Of all stages and after them.")] = 300,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of each stage.")] = 1e-4,
+    batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+    by: Annotated[str, typer.Option(hidden=True)] = "block",
+    final_share: Annotated[float, typer.Option(hidden=True)] = 0.5,
+    layers: Annotated[Optional[list[str]], typer.Option(hidden=True)] = None,
+    validation: Annotated[Optional[Path], typer.Option(hidden=True)] = None,
+    task: Annotated[Optional[str], typer.Option(hidden=True)] = None,
+    max_length: Annotated[Optional[int], typer.Option(hidden=True)] = None,
+    seed: Annotated[int, typer.Option(hidden=True)] = 0,
+    save_every: Annotated[int, typer.Option(hidden=True)] = 100,
+) -> None:
+    """Factorizes MODEL block by block, trains in between, and writes it to OUT. Killed, the same command continues. Also:
+    --layers, --by matrix, --final-share, --task, --validation, --max-length, --seed, --save-every.
+
+    \b
+    Example:  lowfat staged all-MiniLM-L6-v2 by-stages --steps 60 \\
+                  --teacher all-MiniLM-L6-v2 --train lowfat-demo/texts.jsonl
+    """
+    from .job import open_model
+    from .recovery import staged as strategy
+
+    where, rows, judged = device_of(device), read_rows(train), validation and read_rows(validation)
+    with bar("opening") as tell:
+        student, tokenizer = open_model(model_folder(model), task=task, device=where)
+        followed, its_tokenizer = open_model(model_folder(teacher), task=task, device=where) if teacher else (None, None)
+        report = strategy(student, rows, tokenizer=tokenizer, task=task, method=method, ratio=ratio, policy=policy,
+                          arguments=named(arguments or []), layers=layers or None, by=by, order=order, steps=steps,
+                          final_share=final_share, learning_rate=learning_rate, batch_size=batch_size,
+                          max_length=max_length, teacher=followed, teacher_tokenizer=its_tokenizer, seed=seed,
+                          validation=judged, out=out_folder, overwrite=overwrite, save_every=save_every,
+                          on_progress=partial(tell, stage="training"))
+    print_json(report.to_json()) if as_json else show_staged(report, out_folder)
 
 
 @app.command(short_help="Accuracy, perplexity, or how often text_b is found.")

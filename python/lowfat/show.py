@@ -140,6 +140,22 @@ def show_training(report, folder: Path) -> None:
               soft_wrap=True)
 
 
+def show_staged(report, folder: Path) -> None:
+    start, names = short_names([stage.name for stage in report.stages])
+    rows = [(name, str(stage.steps), *("not finite" if loss is None else f"{loss:.3f}"
+                                       for loss in (stage.loss_before, stage.loss_after)),
+             "failed" if stage.failed else "second attempt" if stage.retried else "")
+            for name, stage in zip(names, report.stages)]
+    print_table(("stage", "steps", "loss before", "after", ""), rows, title=start.rstrip("."))
+    for stage in report.stages:
+        if stage.failed:
+            out.print(f"{stage.name}: {stage.reason}", soft_wrap=True)
+    found = report.factorized
+    out.print(f"{millions(found.parameters)} of {millions(found.dense_parameters)} parameters kept in these layers "
+              f"({percent(found.ratio)})", soft_wrap=True)
+    show_training(report, folder)
+
+
 def show_numbers(found: dict) -> None:
     for name, value in found.items():
         out.print(f"{name:16} {value:.4f}" if isinstance(value, float) else f"{name:16} {value}")
