@@ -69,7 +69,7 @@ class StagedRun:
     def factorized(self) -> Report:
         """Of all stages, in the order of the plan."""
         layers = {layer.name: layer for layer in self.layers}
-        return Report([layers[name] for name in self.plan], left_alone(self.model, self.plan), group_blocks(self.model))
+        return Report([layers[name] for name in self.plan], self.others, group_blocks(self.model))
 
     def _begin(self, make_plan, order: str) -> None:
         """Plan and order, from the dense model; then what an earlier call has left."""
@@ -80,6 +80,7 @@ class StagedRun:
             self.plan = make_plan()
             if kept:
                 self.plan.save(kept)
+        self.others = left_alone(self.model, self.plan)
         storage.stage("planned")
         kept = self.states and self.states / "dense.json"
         if kept and kept.exists():
