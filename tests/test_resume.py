@@ -142,7 +142,7 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
 
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", JOBS)
 def test_killed_at_a_stage(tmp_path, name):
     dense_model(tmp_path / "dense")

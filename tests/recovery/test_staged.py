@@ -255,7 +255,7 @@ def test_order_by_sensitivity_is_that_of_each_stage_alone():
         costs[f"{LAYER}.{block}"] = loss_of(alone, data)
     report = run(model, data, order="sensitivity", ratio=0.2)
     assert [stage.name for stage in report.stages] == sorted(costs, key=costs.get)
-    forward = run(classifier(), by="matrix", order="forward", steps=24)
+    forward = run(classifier(), by="matrix", order="forward", steps=0)
     assert [stage.name for stage in forward.stages] == [layer.name for layer in forward.factorized.layers]
 
 
@@ -358,8 +358,8 @@ def test_half_precision_trains_in_fp32_and_comes_back(tiny_llama):
 
 def test_a_model_without_other_linear_layers(tiny_gpt2, tmp_path):
     """GPT-2: transposed weights, and nothing is left that could be factorized, as the head is tied to the embedding."""
-    report = run(tiny_gpt2, rows(8), max_length=7, out=tmp_path / "out", by="matrix", steps=16)
-    assert len(kept_layers(tiny_gpt2)) == len(report.stages) == 8 and "tied to" in report.factorized.skipped["lm_head"]
+    report = run(tiny_gpt2, rows(8), max_length=7, out=tmp_path / "out", steps=5)
+    assert len(kept_layers(tiny_gpt2)) == 8 and len(report.stages) == 2 and "tied to" in report.factorized.skipped["lm_head"]
     assert digest(lowfat.load(tmp_path / "out")) == digest(tiny_gpt2)
 
 

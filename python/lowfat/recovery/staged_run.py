@@ -2,6 +2,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,26 +74,24 @@ class StagedRun:
 
     def _begin(self, make_plan, order: str) -> None:
         """Plan and order, from the dense model; then what an earlier call has left."""
-        kept = self.states and self.states / "plan.json"
-        if kept and kept.exists():
-            self.plan = Plan.load(kept)
-        else:
-            self.plan = make_plan()
-            if kept:
-                self.plan.save(kept)
+        self.plan = self._kept("plan.json", make_plan, lambda path, made: made.save(path), Plan.load)
         self.others = left_alone(self.model, self.plan)
         storage.stage("planned")
-        kept = self.states and self.states / "dense.json"
-        if kept and kept.exists():
-            dense = read_json(kept, MAX_BYTES)
-        else:
-            dense = self._dense(order)
-            if kept:
-                storage.write_json(kept, dense)
+        dense = self._kept("dense.json", lambda: self._dense(order), storage.write_json, partial(read_json, limit=MAX_BYTES))
         storage.stage("ordered")
         self.order, self.loss, self.floor = dense["order"], dense["loss"], _FLOOR * dense["blank_loss"]
         if self.states:
             self._resume()
+
+    def _kept(self, name: str, make: Callable, write: Callable, read: Callable):
+        """What make() returns, or what it returned to an earlier call."""
+        path = self.states and self.states / name
+        if path and path.exists():
+            return read(path)
+        made = make()
+        if path:
+            write(path, made)
+        return made
 
     def _dense(self, order: str) -> dict:
         """What the dense model says: its loss, that of a model that knows nothing, the order of the stages."""
