@@ -64,6 +64,7 @@ MISTAKES = {
     "recoveries must be of none, finetune, staged": {"recoveries": ["sleep"]},
     "seeds is 0": {"seeds": 0},
     "steps is 0": {"steps": 0},
+    "2 stages, and 0.5 of the steps after them, need 4": {"steps": 2, "recoveries": ["staged"]},
     "jobs is 1.5": {"jobs": 1.5},
     "policy must be one of": {"policy": "fair"},
     "task is 'poetry'": {"task": "poetry"},

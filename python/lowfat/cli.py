@@ -21,6 +21,7 @@ from .demo import ENCODER, encoder_folder
 from .errors import ArgumentError, DeviceError, LowfatError
 from .methods import METHODS, named
 from .plan import POLICIES
+from .recovery.staged import FINAL_SHARE
 from .show import (bar, print_json, show_bench, show_comparison, show_demo, show_doctor, show_numbers, show_report,
                    show_spectra, show_staged, show_training)
 
@@ -99,7 +100,8 @@ def factorize(
     model: Model, out_folder: Out,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.")] = "whitened",
     ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
-    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="For whitened and fit=outputs; for fwsvd, with labels.")] = None,
+    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="For whitened and fit=outputs; for fwsvd, with "
+                                                      "labels.")] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.")] = "allocated",
     arguments: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE",
                                                            help="Of the method: blocks=8, fit=outputs.")] = None,
@@ -116,7 +118,8 @@ def factorize(
     where, rows = device_of(device), calibrate and first(read_rows(calibrate), samples)
     with bar("opening") as tell:
         report = factorize_folder(model_folder(model), out_folder, method=method, ratio=ratio, policy=policy,
-                                  layers=layers or None, arguments=named("--set", arguments or []), rows=rows, task=task, batch_size=batch_size,
+                                  layers=layers or None, arguments=named("--set", arguments or []), rows=rows, task=task,
+                                  batch_size=batch_size,
                                   max_length=max_length, device=where, overwrite=overwrite,
                                   on_progress=lambda phase, done, total, what: tell(done, total, phase))
     print_json(report.to_json()) if as_json else show_report(report, out_folder)
@@ -169,7 +172,7 @@ def staged(
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of each stage.")] = 1e-4,
     batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
     by: Annotated[str, typer.Option(hidden=True)] = "block",
-    final_share: Annotated[float, typer.Option(hidden=True)] = 0.5,
+    final_share: Annotated[float, typer.Option(hidden=True)] = FINAL_SHARE,
     layers: Annotated[Optional[list[str]], typer.Option(hidden=True)] = None,
     validation: Annotated[Optional[Path], typer.Option(hidden=True)] = None,
     task: Annotated[Optional[str], typer.Option(hidden=True)] = None,
@@ -192,7 +195,7 @@ def staged(
         student, tokenizer = open_model(model_folder(model), task=task, device=where)
         followed, its_tokenizer = open_model(model_folder(teacher), task=task, device=where) if teacher else (None, None)
         report = strategy(student, rows, tokenizer=tokenizer, task=task, method=method, ratio=ratio, policy=policy,
-                          arguments=named(arguments or []), layers=layers or None, by=by, order=order, steps=steps,
+                          arguments=named("--set", arguments or []), layers=layers or None, by=by, order=order, steps=steps,
                           final_share=final_share, learning_rate=learning_rate, batch_size=batch_size,
                           max_length=max_length, teacher=followed, teacher_tokenizer=its_tokenizer, seed=seed,
                           validation=judged, out=out_folder, overwrite=overwrite, save_every=save_every,

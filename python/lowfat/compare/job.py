@@ -18,6 +18,7 @@ from ..evaluate import judged
 from ..job import file_digests, open_model
 from ..method_inputs import check_fit, needs_of
 from ..model_inputs import fitting
+from ..recovery.staged import FINAL_SHARE, stages_of, steps_of_a_stage
 from ..strict_json import read_json
 from .cell import SCORES, Job, run, statistics
 from .grid import Cell, grid
@@ -93,6 +94,8 @@ def _check_model(model, tokenizer, job: Job, cells: list[Cell]) -> None:
         check_fit(model, method=cell.method, arguments=cell.settings, ratio=cell.ratio, layers=job.layers)
         if "fisher" in needs_of(cell.method, cell.settings, job.policy) and job.task == "embedding":
             raise ArgumentError(f"{cell.label} needs a task with a loss, classification or lm; this model makes embeddings")
+    if any(cell.recovery == "staged" for cell in cells):
+        steps_of_a_stage(job.steps, FINAL_SHARE, len(stages_of(model, job.layers, "block")))
 
 
 def _threads(jobs: int) -> int:

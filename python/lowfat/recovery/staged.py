@@ -21,6 +21,7 @@ from .staged_run import StagedRun, StageReport
 from .training import TrainReport, check_numbers, in_order, prepared, ready, run_into
 
 BY, ORDERS = ("block", "matrix"), ("backward", "forward", "sensitivity")
+FINAL_SHARE = 0.5  # of the steps, for all of the model after the stages
 _SAMPLE = 256  # training examples that the loss before and after a stage is measured on
 
 
@@ -36,7 +37,7 @@ class StagedReport(TrainReport):
 
 def staged(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, method: str = "svd", ratio: float = 0.5,
            policy: str = "per_matrix", arguments: Mapping | None = None, layers: Sequence[str] | None = None,
-           by: str = "block", order: str = "backward", steps: int, final_share: float = 0.5, learning_rate: float = 1e-4,
+           by: str = "block", order: str = "backward", steps: int, final_share: float = FINAL_SHARE, learning_rate: float = 1e-4,
            batch_size: int = 32, max_length: int | None = None, calibration_rows: int = 1024, teacher=None,
            teacher_tokenizer=None, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
            seed: int = 0, guard: float = 1.5, validation: Sequence[Mapping] | None = None, out: str | Path | None = None,
@@ -61,8 +62,8 @@ def staged(model, train: Sequence[Mapping], *, tokenizer, task: str | None = Non
                   learning_rate=learning_rate, temperature=temperature)
     needs = needs_of(method, arguments, policy)
     check_fit(model, method=method, arguments=arguments, ratio=ratio, layers=layers)
-    stages = _stages(model, layers, by)
-    each = _steps_of_a_stage(steps, final_share, len(stages))
+    stages = stages_of(model, layers, by)
+    each = steps_of_a_stage(steps, final_share, len(stages))
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
                                temperature=temperature, alpha=alpha, autocast=autocast)
@@ -107,7 +108,7 @@ def _check(by: str, order: str, steps: int, final_share: float, guard: float) ->
         raise ArgumentError(f"guard is {guard}; needs a number above 0")
 
 
-def _stages(model: nn.Module, layers: Sequence[str] | None, by: str) -> dict[str, list[str]]:
+def stages_of(model: nn.Module, layers: Sequence[str] | None, by: str) -> dict[str, list[str]]:
     """{name of the stage: its layers}, in the order of the model; a layer outside every ModuleList is its own block."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]  # outer ones first
     stages = {}
@@ -117,7 +118,8 @@ def _stages(model: nn.Module, layers: Sequence[str] | None, by: str) -> dict[str
     return stages
 
 
-def _steps_of_a_stage(steps: int, final_share: float, stages: int) -> int:
+def steps_of_a_stage(steps: int, final_share: float, stages: int) -> int:
+    """ArgumentError names the least number that is enough."""
     def each(budget):
         return (budget - round(budget * final_share)) // stages
 
