@@ -206,11 +206,10 @@ void handed_over(Words& out) {
 
 // ---- one warpgroup: any whole numbers make a tile, in whatever order its layout reads them
 
-template <class T, int kN, Major kMajorA, Major kMajorB>
-void tiles(Words& out) {
-  using Config = Tiles<T, kN, kMajorA, kMajorB>;
+template <class Config>
+void multiplied(Words& out) {
   std::mt19937 random(5);
-  Array<uint32_t> image("image", elements<T>(Config::kBytes / 4, random)), d("d", 64 * kN);
+  Array<uint32_t> image("image", elements<typename Config::T>(Config::kBytes / 4, random)), d("d", 64 * Config::kN);
   Params p;
   p.a = image.data(), p.out = d.data();
   start(multiply_tiles<Config>, {dim3(1), 128, Config::kBytes}, p);
@@ -337,10 +336,11 @@ void dependent(Words& out) {
 template <class T, int kN>
 void add_tiles(std::vector<Case>& all, const char* type) {
   const std::string name = std::string("wgmma ") + type + ", n " + std::to_string(kN);
-  all.push_back({name + ", a K-major, b K-major", 90, tiles<T, kN, Major::k, Major::k>});
-  all.push_back({name + ", a K-major, b MN-major", 90, tiles<T, kN, Major::k, Major::mn>});
-  all.push_back({name + ", a MN-major, b K-major", 90, tiles<T, kN, Major::mn, Major::k>});
-  all.push_back({name + ", a MN-major, b MN-major", 90, tiles<T, kN, Major::mn, Major::mn>});
+  all.push_back({name + ", a K-major, b K-major", 90, multiplied<Tiles<T, kN, Major::k, Major::k>>});
+  all.push_back({name + ", a K-major, b MN-major", 90, multiplied<Tiles<T, kN, Major::k, Major::mn>>});
+  all.push_back({name + ", a MN-major, b K-major", 90, multiplied<Tiles<T, kN, Major::mn, Major::k>>});
+  all.push_back({name + ", a MN-major, b MN-major", 90, multiplied<Tiles<T, kN, Major::mn, Major::mn>>});
+  if constexpr (kN < 64) all.push_back({name + ", b MN-major in narrow rows", 90, multiplied<NarrowTiles<T, kN>>});
 }
 
 std::vector<Case> cases() {

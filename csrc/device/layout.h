@@ -62,6 +62,15 @@ LOWFAT_CONSTEXPR uint32_t swizzle128(uint32_t offset) { return offset ^ (offset 
 // Byte offset of 16-byte piece `piece` of row `row` in a swizzled tile [rows][128 bytes].
 LOWFAT_CONSTEXPR uint32_t swizzled_piece(int row, int piece) { return swizzle128(row * 128 + piece * 16); }
 
+// The same for tiles with rows of 64 or 32 bytes, eight rows to an atom of 512 or 256 bytes: their swizzle exchanges as many
+// bits as a row has pieces for.
+template <int kRowBytes>
+LOWFAT_CONSTEXPR uint32_t swizzled_narrow_piece(int row, int piece) {
+  static_assert(kRowBytes == 32 || kRowBytes == 64, "the swizzles of less than 128 bytes");
+  const uint32_t offset = row * kRowBytes + piece * 16;
+  return offset ^ (offset >> 7 & (kRowBytes / 16 - 1)) << 4;
+}
+
 // Which row a lane names for ldmatrix of two neighbouring b fragments that lie [columns, depth], 16 of each: matrices 0, 1 are
 // the halves of the depth of the one, 2, 3 those of the other. row: a column of b; column: 0 or 8 along the depth.
 LOWFAT_CONSTEXPR Position ldmatrix_pair_row(int lane) { return {lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8}; }

@@ -68,6 +68,17 @@ LOWFAT_DEVICE void mbarrier_arrive_peer(uint32_t peer_barrier) {
 #endif
 }
 
+// The same of a thread that has only read what the barrier guards: no fence, which would wait for its stores to global memory.
+LOWFAT_DEVICE void mbarrier_arrive_peer_read(uint32_t peer_barrier) {
+#ifndef __CUDACC__
+  emulator::mbarrier_arrive_peer(peer_barrier);
+#elif defined(LOWFAT_SM90)
+  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+#else
+  unreachable_here();
+#endif
+}
+
 // Returns when the phase of this parity has completed.
 LOWFAT_DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
 #ifndef __CUDACC__

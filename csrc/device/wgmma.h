@@ -7,7 +7,8 @@
 //   d[4 j], d[4 j + 1]      row 16 warp + group,      columns 8 j + 2 t and the next
 //   d[4 j + 2], d[4 j + 3]  row 16 warp + group + 8,  the same columns
 //
-// Tiles are in the one layout that TMA's swizzled boxes have: rows of 128 bytes, eight to an atom of 1024 bytes.
+// Tiles are in the one layout that TMA's swizzled boxes have: rows of 128 bytes, eight to an atom of 1024 bytes. Only where
+// m or n is contiguous and all of it is 16 or 32, rows may be just as long (wgmma_tile_mn_narrow).
 #pragma once
 
 #include <type_traits>
@@ -45,6 +46,17 @@ LOWFAT_DEVICE uint64_t wgmma_tile_mn(const void* smem, uint32_t block_bytes) {
   return kSwizzle128 | kAtomBytes >> 4 << 32 | uint64_t{block_bytes >> 4} << 16 | (shared_address(smem) & 0x3ffff) >> 4;
 }
 constexpr uint64_t kNextKOfMn = 2 * kAtomBytes >> 4;  // 16 rows, two atoms, further
+
+// A tile [rows of k][kRowBytes / 2 along n], all of n: rows of 64 or 32 bytes (swizzled_narrow_piece), the tile at a multiple
+// of 8 of them. The next 16 of k: add kNextKOfNarrow.
+template <int kRowBytes>
+LOWFAT_DEVICE uint64_t wgmma_tile_mn_narrow(const void* smem) {
+  static_assert(kRowBytes == 32 || kRowBytes == 64, "the swizzles of less than 128 bytes");
+  constexpr uint64_t kSwizzle = uint64_t{kRowBytes == 64 ? 2 : 3} << 62;
+  return kSwizzle | uint64_t{8 * kRowBytes >> 4} << 32 | uint64_t{1} << 16 | (shared_address(smem) & 0x3ffff) >> 4;
+}
+template <int kRowBytes>
+constexpr uint64_t kNextKOfNarrow = 16 * kRowBytes >> 4;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // The instruction with kDs accumulator registers; operands follow them by number.

@@ -413,6 +413,7 @@ enum class Fault {
   other_descriptors,
   inside_atom,
   no_swizzle,
+  narrow_rows,
   outside,
   other_n
 };
@@ -427,6 +428,7 @@ void ones(Params p) {
   if (kFault == Fault::other_descriptors && threadIdx.x == 77) a += kNextK;
   if (kFault == Fault::inside_atom) a += 4 * kNextK;
   if (kFault == Fault::no_swizzle) a &= ~kSwizzle128;
+  if (kFault == Fault::narrow_rows) a |= 3 * kSwizzle128;  // of a K-major operand
   if (kFault == Fault::outside) a += kTileBytes / 2 >> 4;
   float d[32];
   if (kFault != Fault::no_fence) wgmma_fence();
@@ -453,6 +455,7 @@ void products(uint64_t seed) {
   reported("different descriptors", ones<Fault::other_descriptors>, seed, shape);
   reported("inside of an 8-row atom", ones<Fault::inside_atom>, seed, shape);
   reported("128-byte swizzle", ones<Fault::no_swizzle>, seed, shape);
+  reported("rows of 32 bytes, for 64 elements of a K-major", ones<Fault::narrow_rows>, seed, shape);
   reported("outside of shared memory", ones<Fault::outside>, seed, shape);
   reported("different n", ones<Fault::other_n>, seed, shape);
 }

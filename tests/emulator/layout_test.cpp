@@ -121,6 +121,28 @@ void swizzle(uint64_t) {
   check::equal(bank_conflicts([](int lane) { return swizzled_piece(lane / 8, lane % 8); }), 1, "fill");
 }
 
+// Element (row, byte) of the narrow tiles is where the swizzle of 32 or 64 bytes takes the plain address.
+template <int kRowBytes>
+void narrow_swizzle(uint64_t) {
+  constexpr int kPieces = kRowBytes / 16;
+  std::vector<int> hit(64 * kPieces, 0);
+  for (int row = 0; row < 64; ++row) {
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const uint32_t moved = swizzled_narrow_piece<kRowBytes>(row, piece);
+      check::equal(moved / kRowBytes, row, "stays in its row", row);
+      check::equal(moved % 16, 0, "16 bytes stay together", row);
+      ++hit[moved / 16];
+    }
+  }
+  for (int i = 0; i < 64 * kPieces; ++i) check::equal(hit[i], 1, "bijective", i);
+  for (int row = 0; row < 64; row += 16) {  // ldmatrix of 16 rows, two pieces; without a swizzle twice as many in a bank
+    auto at = [&](int lane) { return swizzled_narrow_piece<kRowBytes>(row + lane % 16, lane / 16); };
+    auto plain = [&](int lane) { return static_cast<uint32_t>((row + lane % 16) * kRowBytes + lane / 16 * 16); };
+    check::equal(bank_conflicts(at), 1, "ldmatrix without conflicts", row);
+    check::equal(bank_conflicts(plain), kRowBytes / 16, "conflicts are found", row);
+  }
+}
+
 void shares(uint64_t) {
   for (int64_t items = 0; items < 300; ++items) {
     for (int parts = 1; parts < 140; parts += 1 + parts / 9) {
@@ -153,6 +175,8 @@ int main(int count, char** arguments) {
                         {"ldmatrix rows", ldmatrix_rows},
                         {"metadata of the sparse product", metadata},
                         {"swizzle", swizzle},
+                        {"swizzle of rows of 32 bytes", narrow_swizzle<32>},
+                        {"swizzle of rows of 64 bytes", narrow_swizzle<64>},
                         {"shares", shares},
                     },
                     1);  // nothing random

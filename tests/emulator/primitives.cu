@@ -125,6 +125,14 @@ struct Tiles {
   static constexpr Major kMajorA = major_a, kMajorB = major_b;
   static constexpr int kBytesA = 64 * 128, kBytesB = (n + 63) / 64 * 64 * 128;
   static constexpr int kBytes = kBytesA + kBytesB;
+  static constexpr bool kIsNarrow = false;
+};
+
+// With b MN-major in rows that hold no more than n.
+template <class Element, int n>
+struct NarrowTiles : Tiles<Element, n, Major::k, Major::mn> {
+  static constexpr int kRowBytes = n * 2;
+  static constexpr bool kIsNarrow = true;
 };
 
 template <class Config>
@@ -135,13 +143,18 @@ __global__ void __launch_bounds__(128) multiply_tiles(const __grid_constant__ Pa
   __syncthreads();
   constexpr bool kIsAMn = Config::kMajorA == Major::mn, kIsBMn = Config::kMajorB == Major::mn;
   const uint64_t a = kIsAMn ? wgmma_tile_mn(smem, 8192) : wgmma_tile(smem);
-  const uint64_t b = kIsBMn ? wgmma_tile_mn(smem + Config::kBytesA, 8192) : wgmma_tile(smem + Config::kBytesA);
+  uint64_t b = kIsBMn ? wgmma_tile_mn(smem + Config::kBytesA, 8192) : wgmma_tile(smem + Config::kBytesA);
+  uint64_t next_of_b = kIsBMn ? kNextKOfMn : kNextK;
+  if constexpr (Config::kIsNarrow) {
+    b = wgmma_tile_mn_narrow<Config::kRowBytes>(smem + Config::kBytesA);
+    next_of_b = kNextKOfNarrow<Config::kRowBytes>;
+  }
   float d[Config::kN / 2];
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     wgmma<typename Config::T, Config::kN, Config::kMajorA, Config::kMajorB>(d, a + k * (kIsAMn ? kNextKOfMn : kNextK),
-                                                                            b + k * (kIsBMn ? kNextKOfMn : kNextK), k > 0);
+                                                                            b + k * next_of_b, k > 0);
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -196,7 +209,7 @@ __global__ void __launch_bounds__(32) pass_around(const __grid_constant__ Params
   uint64_t* loaded = full + 2;
   if (threadIdx.x == 0) {
     mbarrier_init(full, 1);
-    mbarrier_init(asked, 1);
+    mbarrier_init(asked, 2);
     mbarrier_init(loaded, 1);
     fence_mbarrier_init();
   }
@@ -207,6 +220,7 @@ __global__ void __launch_bounds__(32) pass_around(const __grid_constant__ Params
     bulk_load(smem, p.a + blockIdx.x * 128, 512, loaded);
     mbarrier_arrive_expect(full, 512);
     mbarrier_arrive_peer(peer_address(asked, (rank + size - 1) % size));  // I am ready for yours
+    mbarrier_arrive_peer_read(peer_address(asked, (rank + size - 1) % size));
     mbarrier_wait(loaded, 0);
     mbarrier_wait_cluster(asked, 0);
     const int next = (rank + 1) % size;

@@ -199,14 +199,32 @@ void put_tile(std::vector<uint8_t>& image, size_t at, const Matrix& m, Major maj
   }
 }
 
-template <class T, int kN, Major kMajorA, Major kMajorB>
-void tiles(uint64_t seed) {
-  using Config = Tiles<T, kN, kMajorA, kMajorB>;
+// m [i, k] with rows k of all i's, 16 or 32: the swizzle of 32 or 64 bytes exchanges one or two bits of the piece with those
+// of the row from bit 7 of the address on.
+template <class T>
+void put_narrow_tile(std::vector<uint8_t>& image, size_t at, const Matrix& m) {
+  const size_t row_bytes = m.size() * 2;
+  for (size_t i = 0; i < m.size(); ++i) {
+    for (size_t k = 0; k < 64; ++k) {
+      const size_t bits = row_bytes == 64 ? k / 2 % 4 : k / 4 % 2;
+      put<T>(image, at + k * row_bytes + ((i / 8) ^ bits) * 16 + i % 8 * 2, m[i][k]);
+    }
+  }
+}
+
+template <class Config>
+void multiplied(uint64_t seed) {
+  using T = typename Config::T;
+  constexpr int kN = Config::kN;
   Random random(seed);
   const Matrix a = integers(64, 64, random), b = integers(kN, 64, random);
   std::vector<uint8_t> image(Config::kBytes, 0xff);
-  put_tile<T>(image, 0, a, kMajorA);
-  put_tile<T>(image, Config::kBytesA, b, kMajorB);
+  put_tile<T>(image, 0, a, Config::kMajorA);
+  if (Config::kIsNarrow) {
+    put_narrow_tile<T>(image, Config::kBytesA, b);
+  } else {
+    put_tile<T>(image, Config::kBytesA, b, Config::kMajorB);
+  }
   Words words(Config::kBytes / 4);
   memcpy(words.data(), image.data(), image.size());
   Buffer<uint32_t> gmem("image", words), out("out", 128 * kN / 2);
@@ -226,11 +244,16 @@ void tiles(uint64_t seed) {
 
 template <Major kMajorA, Major kMajorB>
 void tiles_of_each_width(uint64_t seed) {
-  tiles<Bf16, 16, kMajorA, kMajorB>(seed);
-  tiles<Fp16, 32, kMajorA, kMajorB>(seed);
-  tiles<Bf16, 64, kMajorA, kMajorB>(seed);
-  tiles<Fp16, 128, kMajorA, kMajorB>(seed);
-  tiles<Bf16, 256, kMajorA, kMajorB>(seed);
+  multiplied<Tiles<Bf16, 16, kMajorA, kMajorB>>(seed);
+  multiplied<Tiles<Fp16, 32, kMajorA, kMajorB>>(seed);
+  multiplied<Tiles<Bf16, 64, kMajorA, kMajorB>>(seed);
+  multiplied<Tiles<Fp16, 128, kMajorA, kMajorB>>(seed);
+  multiplied<Tiles<Bf16, 256, kMajorA, kMajorB>>(seed);
+}
+
+void narrow_tiles(uint64_t seed) {
+  multiplied<NarrowTiles<Bf16, 16>>(seed);
+  multiplied<NarrowTiles<Fp16, 32>>(seed);
 }
 
 // ---- TMA boxes of 16 rows over the corners of a [40, 72] matrix of 16-bit elements, and of floats without swizzle.
@@ -491,6 +514,7 @@ int main(int count, char** arguments) {
                         {"ldmatrix, stmatrix transposed", matrices_of_each_count<true>},
                         {"wgmma, a K-major, b K-major", tiles_of_each_width<Major::k, Major::k>},
                         {"wgmma, a K-major, b MN-major", tiles_of_each_width<Major::k, Major::mn>},
+                        {"wgmma, b MN-major in narrow rows", narrow_tiles},
                         {"wgmma, a MN-major, b K-major", tiles_of_each_width<Major::mn, Major::k>},
                         {"wgmma, a MN-major, b MN-major", tiles_of_each_width<Major::mn, Major::mn>},
                         {"tma boxes, swizzled", boxes<2, 64, true>},

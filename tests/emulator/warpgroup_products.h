@@ -40,23 +40,33 @@ inline WarpgroupProducts& warpgroup_products() {
   return *products;
 }
 
-inline void check_descriptor(uint64_t descriptor) {
-  if (descriptor >> 62 != 1)
-    fail("wgmma: the descriptor's layout is %d, not the 128-byte swizzle", static_cast<int>(descriptor >> 62));
+// Bytes of a tile's row: 128, 64 or 32, by the descriptor's swizzle.
+inline int row_bytes_of(uint64_t descriptor) { return 256 >> (descriptor >> 62); }
+
+// i_count: how many i's the product takes of this operand.
+inline void check_descriptor(uint64_t descriptor, bool is_mn, int i_count) {
+  const int layout = static_cast<int>(descriptor >> 62), row_bytes = row_bytes_of(descriptor);
+  if (layout == 0) fail("wgmma: the descriptor's layout is 0, not the 128-byte swizzle nor a narrow one");
+  if (layout != 1 && (!is_mn || i_count * 2 != row_bytes)) {
+    fail("wgmma: the descriptor's layout is %d, rows of %d bytes, for %d elements of a %s operand", layout, row_bytes, i_count,
+         is_mn ? "MN-major" : "K-major");
+  }
   if (descriptor >> 49 & 7) fail("wgmma: the descriptor has a base offset");
-  if ((descriptor << 4) >> 7 & 7)
+  if ((descriptor << 4 & 0x3ffff) / 128 % (8 * row_bytes / 128)) {
     fail("wgmma: the descriptor starts inside of an 8-row atom (0x%x)", static_cast<unsigned>(descriptor << 4 & 0x3ffff));
+  }
 }
 
 // Element (i, k) of an operand, i along m or n. K-major: rows i of 128 bytes, eight rows to an atom, atoms one stride apart.
-// MN-major: rows k of 64 i's, eight rows to an atom; atoms of the next eight k's one stride apart, of the next 64 i's one
-// leading distance apart. The swizzle exchanges bits of the address.
+// MN-major: rows k of 64 i's (of 32 or 16, where that is all), eight rows to an atom; atoms of the next eight k's one stride
+// apart, of the next 64 i's one leading distance apart. The swizzle exchanges bits of the address.
 inline uint16_t read_element(Block& block, uint64_t descriptor, bool is_mn, int i, int k) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
                  stride = (descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t plain =
-      start + (is_mn ? i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128 : i / 8 * stride + i % 8 * 128 + k * 2);
-  const uint8_t* element = shared_pointer(block, plain ^ (plain >> 7 & 7) << 4);
+  const int bytes = row_bytes_of(descriptor), in_row = bytes / 2;
+  const uint32_t plain = start + (is_mn ? i / in_row * leading + i % in_row * 2 + k / 8 * stride + k % 8 * bytes
+                                        : i / 8 * stride + i % 8 * bytes + k * 2);
+  const uint8_t* element = shared_pointer(block, plain ^ (plain >> 7 & (bytes / 16 - 1)) << 4);
   if (!is_shared(block, element, 2)) fail("wgmma: reads outside of shared memory, at 0x%x", plain);
   uint16_t bits;
   memcpy(&bits, element, 2);
@@ -120,8 +130,8 @@ void wgmma(int n, bool is_a_mn, bool is_b_mn, float* d, uint64_t a, uint64_t b, 
         fail("wgmma: threads 0 and %d of the warpgroup pass different descriptors", thread);
       }
     }
-    check_descriptor(a);
-    check_descriptor(b);
+    check_descriptor(a, is_a_mn, 64);
+    check_descriptor(b, is_b_mn, n);
     WarpgroupProducts& products = warpgroup_products();
     if (!products.is_fenced) fail("wgmma: no wgmma_fence before the first product of a group");
     products.queue.push_back(
