@@ -1,5 +1,6 @@
 #include "host/op_table.h"
 
+#include <algorithm>
 #include <sstream>
 
 #include "build_info.h"
@@ -28,4 +29,9 @@ std::vector<std::string> compiled_cuda_archs() {
     names.push_back((is_virtual ? "compute_" : "sm_") + arch.substr(0, dash));
   }
   return names;
+}
+
+bool has_sm90_kernels() {
+  static const std::vector<std::string> archs = compiled_cuda_archs();
+  return archs.empty() || std::find(archs.begin(), archs.end(), "sm_90a") != archs.end();
 }

@@ -43,3 +43,6 @@ struct RegisterOp {
 
 std::vector<std::string> compiled_cpu_levels();
 std::vector<std::string> compiled_cuda_archs();  // empty in a build without CUDA
+
+// Whether kernels that are nothing but machine code for an sm_90 can run there; a build without CUDA plans as if they could.
+bool has_sm90_kernels();

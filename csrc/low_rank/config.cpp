@@ -2,8 +2,6 @@
 // machine code for; with no torch in sight.
 #include "low_rank/low_rank.h"
 
-#include <algorithm>
-
 #include "cpu/product.h"
 #include "low_rank/backward.h"
 
@@ -35,13 +33,8 @@ Config cpu_config(const Problem& p) {
   return config;
 }
 
-// The small-batch and chained kernels of an sm_90 are nothing but machine code for it: a GPU build without that runs the
-// small-batch kernel of compute capability 8 there, from PTX.
-bool has_sm90_kernels() {
-  static const std::vector<std::string> archs = compiled_cuda_archs();
-  return archs.empty() || std::find(archs.begin(), archs.end(), "sm_90a") != archs.end();
-}
-
+// A GPU build without machine code for an sm_90 runs the small-batch kernel of compute capability 8 there, from PTX.
+//
 // Not measured on a GPU yet: the first plan is our kernel where a pass over the weights is all there is to do, and one
 // launch, because that needs nothing of the stream before it. Then the small-batch kernels, on an sm_90 those that are made
 // for it; and there, one launch for both products as long as the tiles of the first do not fill the GPU.
