@@ -92,18 +92,30 @@ def low_rank_backward_into(m: int, dtype: torch.dtype, device: str = "cuda") -> 
 
 def monarch(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
     """Both forms, with few blocks and with many."""
+    return [*monarch_gates(m, 4, 4, 24, 520, dtype, device), *monarch_gates(m, 48, 40, 2, 515, dtype, device)]
+
+
+def monarch_clusters(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Both forms, with as many blocks as a cluster divides."""
+    return monarch_gates(m, 16, 32, 2, 768, dtype, device)
+
+
+def monarch_gates(m: int, b_in: int, b_out: int, r: int, n: int, dtype: torch.dtype, device: str) -> list[str]:
+    """Forward, and forward with h for training."""
     failed, k = [], 768
-    for b_in, b_out, r, n in ((4, 4, 24, 520), (48, 40, 2, 515)):
+    for interleave in (True, False):
         v = torch.randn(b_in, b_out * r, k // b_in, device=device).mul_(0.2).to(dtype)
         u = torch.randn(b_out, -(-n // b_out), b_in * r, device=device).mul_(0.2).to(dtype)
         x, bias = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (n,)))
-        for interleave in (True, False):
-            args = x, v, u, bias, n, interleave
-            y64, h64 = reference_training(*(t.double() for t in args[:4]), n, interleave)
-            size = reference(*(t.double().abs() for t in args[:4]), n, interleave)
-            spread = torch.bmm(h64.square(), u.double().square().mT).sqrt()
-            known = Chain(y64, [join_outputs(spread, n, interleave)], size, v.shape[2] + u.shape[2], h64.numel())
-            failed += failed_gates(OPS.monarch(*args), reference(*args), known)
+        args = x, v, u, bias, n, interleave
+        y64, h64 = reference_training(*(t.double() for t in args[:4]), n, interleave)
+        size = reference(*(t.double().abs() for t in args[:4]), n, interleave)
+        spread = torch.bmm(h64.square(), u.double().square().mT).sqrt()
+        known = Chain(y64, [join_outputs(spread, n, interleave)], size, v.shape[2] + u.shape[2], h64.numel())
+        y = OPS.monarch(*args)
+        failed += failed_gates(y, reference(*args), known)
+        if not torch.equal(OPS.monarch_training(*args)[0], y):
+            failed.append("other bits with h")
     return failed
 
 
@@ -129,19 +141,20 @@ CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_ran
          low_rank_group: ("low_rank_group", (5,)), low_rank_swiglu: ("low_rank_swiglu", (5,)),
          low_rank_pivoted: ("low_rank_pivoted", (5,)), low_rank_backward: ("low_rank_backward", (100,)),
          low_rank_backward_into: ("low_rank_backward_into", (100,)), monarch: ("monarch", (1, 16, 100)),
-         monarch_backward: ("monarch_backward", (100,))}
+         monarch_backward: ("monarch_backward", (100,)), monarch_clusters: ("monarch", (1, 100))}
+BLOCKS = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}  # 776 inputs in 4 blocks are no whole pieces
+SIZES = {monarch: BLOCKS, monarch_backward: BLOCKS,
+         monarch_clusters: {"n": 768, "k": 768, "r": 2, "b_in": 16, "b_out": 32}}
 NO_KERNEL = ("library", "members")
 
 
-def path_here(op: str, m: int, dtype: torch.dtype) -> str:
+def path_here(op: str, m: int, dtype: torch.dtype, sizes: dict[str, int]) -> str:
     """The path that this problem has on this GPU."""
     about = torch.cuda.get_device_properties()
-    sizes = {"k": K, "n": N, "r": R, "members": 3 if op == "low_rank_group" else 1}
-    if op in ("monarch", "monarch_backward"):  # their own: 776 inputs in 4 blocks are no whole pieces
-        sizes = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}
-    return _native.native.choose_config(op, m=m, dtype=str(dtype).removeprefix("torch."), device="cuda",
-                                        arch=about.major * 10 + about.minor, sm_count=about.multi_processor_count,
-                                        **sizes)["path"]
+    return _native.native.choose_config(op, m=m, **{"n": N, "k": K, "r": R, **sizes}, dtype=str(dtype).removeprefix("torch."),
+                                        device="cuda", arch=about.major * 10 + about.minor,
+                                        sm_count=about.multi_processor_count,
+                                        members=3 if op == "low_rank_group" else 1)["path"]
 
 
 def main() -> int:
@@ -150,7 +163,7 @@ def main() -> int:
     for call, (op, rows) in CALLS.items():
         paths = set()
         for m, dtype in product(rows, (torch.bfloat16, torch.float16)):
-            path = path_here(op, m, dtype)
+            path = path_here(op, m, dtype, SIZES.get(call, {}))
             paths.add(path)
             before = _native.calls(op, "cuda", path)
             failed = call(m, dtype)

@@ -22,7 +22,8 @@
 namespace monarch {
 namespace {
 
-CallCounter batched_calls("monarch", "cuda", "batched"), library_calls("monarch", "cuda", "library");
+CallCounter stationary_calls("monarch", "cuda", "stationary"), batched_calls("monarch", "cuda", "batched"),
+    library_calls("monarch", "cuda", "library");
 
 using Results = std::tuple<Tensor, Tensor>;  // y, h
 
@@ -60,8 +61,9 @@ Tensor shaped_like(const Tensor& y, const Tensor& x) {
 
 // --- the op ---
 
-Results forward(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
-                bool interleave) {
+// wants_h: else h may come back empty.
+Results run(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n, bool interleave,
+            bool wants_h) {
   const Call s = check(x, v, u, bias, n, interleave);
   const int device = s.kind.device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -70,27 +72,40 @@ Results forward(const Tensor& x, const Tensor& v, const Tensor& u, const std::op
   Problem problem{s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count};
   problem.is_aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
   problem.b_in = s.b_in, problem.b_out = s.b_out, problem.interleave = interleave;
-  const MonarchPlan plan = choose_monarch(problem);
-  if (s.m > 0 && plan.first.tokens == 0) {
+  const StationaryPlan clusters = choose_stationary(problem);
+  const bool is_stationary = clusters.tokens > 0;
+  const MonarchPlan plan = is_stationary ? MonarchPlan() : choose_monarch(problem);
+  if (s.m > 0 && !is_stationary && plan.first.tokens == 0) {
     auto [y, h] = library(s, in);
     return {shaped_like(y, x), std::move(h)};
   }
 
-  Results results{empty_rows(in.x, s.kind, s.n), empty(s.kind, {s.b_out, s.m, s.b_in * s.r})};
+  const bool has_h = wants_h || !is_stationary;
+  Results results{empty_rows(in.x, s.kind, s.n), empty(s.kind, {s.b_out, has_h ? s.m : 0, s.b_in * s.r})};
   if (s.m == 0) return results;
-  batched_calls.count();
+  (is_stationary ? stationary_calls : batched_calls).count();
   auto& [y, h] = results;
   const auto size = [](int64_t value) { return static_cast<int>(value); };
   const MonarchOperands operands{elements(in.x), elements(in.v), elements(in.u), in.bias ? elements(*in.bias) : nullptr,
-                                 static_cast<uint16_t*>(h.mutable_data_ptr()), static_cast<uint16_t*>(y.mutable_data_ptr()),
+                                 has_h ? static_cast<uint16_t*>(h.mutable_data_ptr()) : nullptr,
+                                 static_cast<uint16_t*>(y.mutable_data_ptr()),
                                  {size(s.m), size(s.n), size(s.k), size(s.b_in), size(s.b_out), size(s.r), interleave}};
-  check_launch("monarch", launch_monarch(plan, operands, s.dtype, current_cuda_stream(device)), gpu.arch);
+  void* stream = current_cuda_stream(device);
+  check_launch("monarch",
+               is_stationary ? launch_stationary(clusters, operands, s.dtype, stream)
+                             : launch_monarch(plan, operands, s.dtype, stream),
+               gpu.arch);
   return results;
+}
+
+Results forward(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
+                bool interleave) {
+  return run(x, v, u, bias, n, interleave, true);
 }
 
 Tensor monarch_cuda(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
                     bool interleave) {
-  return std::get<0>(forward(x, v, u, bias, n, interleave));
+  return std::get<0>(run(x, v, u, bias, n, interleave, false));
 }
 
 }  // namespace

@@ -62,6 +62,11 @@ MONARCH = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 # monarch/backward.cu. In front of the first barrier two stages are asked for: of a group of 1, 2, 4, 8 blocks five, three, four,
 # six pieces. Two CTAs share a multiprocessor. Sums over splits have four loads on their way.
 MONARCH_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", registers=128)
+# monarch/stationary.cu: code for an sm_90a alone, 168 registers before they are moved to the warpgroup of the second product.
+# Tiles: of v, of u, of x. Fences: those of the cluster's two barriers (the block's and the GPU's), and the one before the
+# runs are sent off: no other, for it would wait for stores of y. Those of the copy engine: barriers are there, of each loop
+# that makes them, and runs are written. The narrow load is the bias, at any address.
+STATIONARY = dict(archs=("sm_90a",), registers=168, tile_loads=3, early_tile_loads=3, fences=5, copy_fences=8, narrow_loads=True)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, activation_ffma=36, **DECODE),
@@ -96,6 +101,9 @@ KERNELS = [
     Expected("monarch/backward.cu", r"backward_product<.*(true|false), 4>", copies_before_barrier=8, **MONARCH_BACKWARD),
     Expected("monarch/backward.cu", r"backward_product<.*true, 8>", copies_before_barrier=12, **MONARCH_BACKWARD),
     Expected("monarch/backward.cu", r"monarch::backward_sums<", registers=64, weight_loads=4),
+    Expected("monarch/stationary.cu", r"stationary_product<.*16, [248]>", tensor_core=r"HGMMA\.64x16x16\.F32", **STATIONARY),
+    Expected("monarch/stationary.cu", r"stationary_product<.*32, [248]>", tensor_core=r"HGMMA\.64x32x16\.F32", **STATIONARY),
+    Expected("monarch/stationary.cu", r"stationary_product<", registers=8, archs=("sm_80",)),
 ]
 
 
