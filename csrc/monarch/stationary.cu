@@ -11,9 +11,9 @@
 //      y  | 0 | 1 | .. | 7 |   a CTA: its output blocks                 4 warps    y[o] = u[o] h[o], and store it
 //
 // Weights are the tall operand of a warpgroup's products, tokens the other one, so that the first product's results come
-// feature by feature, tokens side by side. Rows of them that go to one output block wait together (a run), and one copy takes
-// them to the CTA that has this block, where they are rows of h[o]. The second product takes h[o] just so, its contraction from
-// row to row. Nothing is transposed on this way.
+// feature by feature, tokens side by side. Rows of them that go to one output block wait together (a run), and one copy
+// takes them to the CTA that has this block, where they are rows of h[o]. The second product takes h[o] just so, its
+// contraction from row to row. Nothing is transposed on this way.
 //
 // A tile is between the products in a slot, of two as a rule: the runs that are sent, and what is received from the others.
 // Bytes that arrive are counted by a barrier of the receiver. When it has used them it tells all senders, and they know that
@@ -179,7 +179,8 @@ struct StationaryCta {
       const uint64_t next_of_a = step / 4 * (kWeightTileBytes >> 4) + step % 4 * device::kNextK;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        device::wgmma<T, kTokens, device::Major::k, kMajor>(sums[i], a.of(i) + next_of_a, b.of(i) + next_of_b(step), step > 0);
+        device::wgmma<T, kTokens, device::Major::k, kMajor>(sums[i], a.of(i) + next_of_a, b.of(i) + next_of_b(step),
+                                                            step > 0);
       }
       device::wgmma_commit();
     }
@@ -187,12 +188,14 @@ struct StationaryCta {
   }
 
   LOWFAT_DEVICE static Tiles weights(const Part& part, const uint8_t* smem_part, int block, int row_tile) {
-    return {device::wgmma_tile(smem_part + part.tile(block, row_tile) * kWeightTileBytes), part.tile(1, 0) * kWeightTileBytes};
+    return {device::wgmma_tile(smem_part + part.tile(block, row_tile) * kWeightTileBytes),
+            part.tile(1, 0) * kWeightTileBytes};
   }
 
   // --- first product: z[i] = v[i] x[i]^T, to the CTAs that have its output blocks ---
 
-  LOWFAT_DEVICE void multiply_inputs(int slot, int block, int row_tile, StationarySums<Config> (&sums)[kBlocksAtOnce]) const {
+  LOWFAT_DEVICE void multiply_inputs(int slot, int block, int row_tile,
+                                     StationarySums<Config> (&sums)[kBlocksAtOnce]) const {
     const Tiles tokens{device::wgmma_tile(input(slot)), input_bytes(p.first, kTokens)};
     multiply<device::Major::k>(sums, weights(p.first, smem, block, row_tile), tokens, p.first.depth, [](int step) {
       return step / 4 * uint64_t{slab_bytes(kTokens) >> 4} + step % 4 * device::kNextK;

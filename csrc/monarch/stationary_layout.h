@@ -1,8 +1,8 @@
-// Who does what in the weight-stationary clusters of monarch, and where it lies: pure functions of the sizes, for the kernel,
-// the host and tests.
+// Who does what in the weight-stationary clusters of monarch, and where it lies: pure functions of the sizes, for the
+// kernel, the host and tests.
 //
-// A cluster of 8 CTAs holds both factors: each CTA an eighth of the input blocks (of v) and of the output blocks (of u). What
-// it makes of h[o] is a run of rows, all of its input blocks' ranks; h[o] whole is with the CTA that has output block o.
+// A cluster of 8 CTAs holds both factors: each CTA an eighth of the input blocks (of v) and of the output blocks (of u).
+// What it makes of h[o] is a run of rows, all of its input blocks' ranks; h[o] whole is with the CTA that has output block o.
 #pragma once
 
 #include "monarch/batched_layout.h"
@@ -43,7 +43,7 @@ LOWFAT_CONSTEXPR int run_rows(const Sizes& s) { return s.b_in / kClusterCtas * s
 // Row q of v[i], i the CTA's i-th block: of output block q % b_out, this row of the run.
 LOWFAT_CONSTEXPR int row_in_run(const Sizes& s, int block, int q) { return block * s.r + q / s.b_out; }
 
-// From run to run where they wait to be sent. 16 more, so that lanes that have one row of neighbouring runs meet no bank twice.
+// From run to run where they wait to be sent. 16 more, so that lanes with one row of neighbouring runs meet no bank twice.
 LOWFAT_CONSTEXPR int run_stride(const Sizes& s, int tokens) { return run_rows(s) * row_bytes(tokens) + 16; }
 
 LOWFAT_CONSTEXPR int staging_bytes(const Sizes& s, int tokens) { return s.b_out * run_stride(s, tokens); }
@@ -104,7 +104,8 @@ LOWFAT_CONSTEXPR int blocks_together(const Sizes& s) {
 }
 
 // Blocks of whole products: of 16 along each contraction, of pieces of 16 bytes in y; and factors that fit at all.
-LOWFAT_CONSTEXPR bool is_stationary(int64_t m, int64_t n, int64_t k, int64_t b_in, int64_t b_out, int64_t r, bool interleave) {
+LOWFAT_CONSTEXPR bool is_stationary(int64_t m, int64_t n, int64_t k, int64_t b_in, int64_t b_out, int64_t r,
+                                    bool interleave) {
   if (!is_covered(m, n, k, b_in, b_out, r)) return false;
   if (b_in % kFewestBlocks != 0 || b_out % kFewestBlocks != 0) return false;
   const int64_t p = device::ceil_div(k, b_in), s = device::ceil_div(n, b_out), most = 1 << 20;
