@@ -1,5 +1,5 @@
-// The weight-stationary clusters of monarch in the emulator: both dtypes, both forms, every tile, ragged sizes; every seed must
-// give the same bits.
+// The weight-stationary clusters of monarch in the emulator: both dtypes, both forms, every tile, ragged sizes; every seed
+// must give the same bits.
 //
 // Outputs start as NaN and have exact bounds; each access outside is reported, and so is one that is not aligned.
 #include "monarch/stationary.cu"
@@ -34,7 +34,7 @@ const Shape kRagged[] = {
     {{20, 1024, 256, 16, 128, 1, true}, true},             // 16 output blocks of a CTA, eight at a time
     {{1, 256, 256, 16, 16, 1, false}, true},               // runs of y: the smallest
     {{70, 1272, 768, 16, 16, 3, false}, true, 16},         // the last run is shorter, tiles are not full
-    {{45, 1024, 488, 32, 64, 2, false}, false},            // eight blocks together
+    {{45, 1536, 488, 32, 64, 2, false}, false},            // eight blocks together, half of a warp's rows in the next
 };
 constexpr size_t kShapes = sizeof kRagged / sizeof *kRagged;
 
