@@ -101,7 +101,7 @@ MUTANTS = [
            "row % 8 * 4 + four / 4", "primitives_test"),
     Mutant("wgmma: upper and lower rows exchanged", EMULATOR + "warpgroup_products.h", "upper = row % 16 / 8 * 2;",
            "upper = (1 - row % 16 / 8) * 2;", "primitives_test"),
-    Mutant("wgmma: no swizzle", EMULATOR + "warpgroup_products.h", "plain ^ (plain >> 7 & 7) << 4", "plain",
+    Mutant("wgmma: no swizzle", EMULATOR + "warpgroup_products.h", "plain ^ (plain >> 7 & (bytes / 16 - 1)) << 4", "plain",
            "primitives_test"),
     Mutant("clusters: previous rank", DEVICE + "cluster.h", "return emulator::peer_address(smem, rank);",
            "return emulator::peer_address(smem, 0);", "primitives_test"),
