@@ -14,6 +14,12 @@ CASES = [pytest.param(mutant, id=mutant.name.replace(" ", "_"), marks=[pytest.ma
          for number, mutant in enumerate(kernel_mutants.MUTANTS)]
 
 
+def test_every_text_is_there_once():
+    lost = [mutant.name for mutant in kernel_mutants.MUTANTS
+            if (kernel_mutants.building.ROOT / mutant.file).read_text().count(mutant.old) != 1]
+    assert not lost and len({mutant.name for mutant in kernel_mutants.MUTANTS}) == len(kernel_mutants.MUTANTS)
+
+
 @needs_host
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutant", CASES)
