@@ -1,14 +1,21 @@
 """lowfat compare: what it compares is what the library does, means are means, and a kill costs nothing that was finished."""
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import lowfat
-from lowfat.compare.grid import DENSE, Cell, grid
-from lowfat.compare.summary import chance, findings, is_collapsed, markdown, summary
+from lowfat import storage
+from lowfat.comparison.grid import DENSE, Cell, grid
+from lowfat.comparison.summary import chance, findings, is_collapsed, markdown, summary
 from lowfat.errors import ArgumentError, LowfatError
 from lowfat.job import open_model
 from lowfat.recovery import finetune
@@ -59,7 +66,10 @@ MISTAKES = {
     "needs NAME=VALUE": {"methods": ["monarch:blocks"]},
     "monarch: blocks must be a whole number or two": {"methods": ["monarch:blocks=2.5"]},
     "blocks must be between 1 and 32": {"methods": ["monarch:blocks=33"]},
+    "methods has a value twice: fwsvd": {"methods": ["fwsvd:side=in:exact=true", "fwsvd:exact=true:side=in"]},
+    "ratios must be a list": {"ratios": 0.5},
     "ratios must lie above 0 and below 1": {"ratios": [0.5, 1.0]},
+    "parameters are too few; rank 1 everywhere": {"methods": ["svd", "monarch:blocks=8"], "ratios": [0.2]},
     "learning_rates must lie above 0; found nan": {"learning_rates": [math.nan]},
     "recoveries must be of none, finetune, staged": {"recoveries": ["sleep"]},
     "seeds is 0": {"seeds": 0},
@@ -128,7 +138,8 @@ def test_what_is_written(work, found):
     speed = {row["method"]: row for row in found["speed"]}
     assert speed["svd"]["bytes"] < speed["dense"]["bytes"]
     for row in found["speed"][1:]:
-        for low, middle, high in (row["faster_1"], row["faster_32"]):
+        assert (row["one_texts"], row["many_texts"], row["threads"]) == (1, len(TEST), 1)
+        for low, middle, high in (row["one_faster"], row["many_faster"]):
             assert 0 < low <= middle <= high
 
 
@@ -142,13 +153,38 @@ def test_several_processes_find_the_same(work, found, tmp_path):
     seen = []
     again = run(work, out=tmp_path / "out", jobs=2, on_progress=lambda done, total, what: seen.append((done, total)))
     assert plain(again) == plain(found)
-    assert all(done <= total for done, total in seen)
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] and len({total for _, total in seen}) == 1
+
+
+@pytest.mark.timeout(180)
+def test_killed_with_several_processes(work, tmp_path):
+    (tmp_path / "dense").symlink_to(work / "dense")
+    options = {"methods": ("whitened", "svd"), "recoveries": ("none", "finetune"), "seeds": 1, "jobs": 2, "steps": 400}
+    storage.write_json(tmp_path / "text.json", options)
+    code = ("import json, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_compare; "
+            "test_compare.run(Path(sys.argv[2]), **json.loads(Path(sys.argv[2], 'text.json').read_text()))")
+    child = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], start_new_session=True)
+    states = tmp_path / ".out.progress"
+    while not (any(states.glob("*-finetune-*.training/step-*")) or child.poll() is not None):
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)  # the job alone: its processes have to notice
+    child.wait()
+    assert not (tmp_path / "out").exists() and list(states.glob("*.json"))
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            found = run(tmp_path, **options)
+            break
+        except ArgumentError as error:  # until they are gone
+            assert "another process is at work" in str(error) and time.monotonic() < deadline
+            time.sleep(0.5)
+    assert [cell["failed"] for cell in found["cells"]] == [""] * 5 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_training_that_diverges_is_a_collapsed_run(work, tmp_path):
     found = run(work, out=tmp_path / "out", methods=("svd",), recoveries=("finetune",), learning_rates=(1e30,), seeds=1)
     cell = found["cells"][1]
-    assert cell["score"] is None and "needs a smaller learning_rate" in cell["failed"]
+    assert cell["score"] is None and "needs a smaller learning_rate" in cell["failed"] and 0 < cell["kept"] <= 0.5
     assert found["summary"][1]["collapsed"] == 1 and "diverged" in markdown(found)
 
 
@@ -158,12 +194,12 @@ def test_killed_at_a_stage(work, tmp_path):
     call = partial(run, tmp_path, methods=("svd",), recoveries=("finetune",))
     stages = stages_of(call, tmp_path / "log")
     expected = plain(json.loads((tmp_path / "out" / "compare.json").read_text()))
-    for point in ("step 3", "S5", "compared", "last S3", "last S6", "progress removal"):
+    for point in ("step 3", "S5", "compared", "timed", "last S3", "last S6", "progress removal"):
         for path in (tmp_path / "out").iterdir():
             path.unlink()
         (tmp_path / "out").rmdir()
         assert dying(where(stages, point), call) == -9, point
-        assert plain(call(overwrite=True)) == expected, point
+        assert plain(call()) == expected, point
         assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "log", "out"], point
 
 
@@ -174,16 +210,18 @@ def test_an_unfinished_job_may_ask_for_more_but_not_for_other_steps(work, tmp_pa
     for path in (tmp_path / "out").iterdir():
         path.unlink()
     (tmp_path / "out").rmdir()
-    dying(where(stages, "compared"), call)
+    dying(where(stages, "timed"), call)
     with pytest.raises(ArgumentError, match="options.steps was 4, is now 5"):
         call(steps=5)
-    assert len(call(seeds=3)["cells"]) == 4
+    found = call(seeds=3, methods=("svd", "monarch"))
+    assert len(found["cells"]) == 1 + 2 * 3 and len(found["speed"]) == 1 + 2
 
 
 # ------------------------------------------------------------------------------------------------ what they say together
 def made_up(scores: dict, base=0.5, test_rows=100):
     cells = [{"method": method, "ratio": ratio, "kept": ratio, "recovery": "finetune", "learning_rate": 1e-4, "seed": seed,
-              "steps": 3, "score": score, "failed": "", "numbers": {}, "seconds": 2.0}
+              "steps": 3, "stages_failed": 0, "score": score, "failed": "", "numbers": {},
+              "seconds": None if seed else 2.0}
              for (method, ratio), values in scores.items() for seed, score in enumerate(values)]
     found = {"about": {"score": "accuracy", "chance": base, "test_rows": test_rows}, "cells": cells,
              "speed": [{"method": method, "ratio": ratio, "bytes": 10} for method, ratio in scores]}
@@ -206,7 +244,8 @@ def test_collapse_is_measured_against_chance():
 
 def test_findings_call_small_differences_ties():
     found = made_up({("svd", 0.5): [0.8, 0.8], ("block_low_rank", 0.5): [0.79, 0.79], ("monarch", 0.5): [0.7, 0.7]})
-    assert findings(found) == ["- 50%, finetune, rate 0.0001: svd, ties with block_low_rank, 9.0 points above monarch"]
+    assert findings(found) == ["- 50%, finetune, rate 0.0001: svd first; block_low_rank 1.0 points lower (a tie), "
+                               "monarch 10.0 points lower"]
 
 
 def test_chance():

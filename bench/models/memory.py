@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lowfat.bench.timing import header
+from lowfat.measured import header
 
 LLAMA_1B = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
                 vocab_size=32768, tie_word_embeddings=True, max_position_embeddings=2048)

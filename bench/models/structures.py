@@ -5,14 +5,16 @@ The grids below were fixed before the first run. Each is one `lowfat compare` of
 goes on where it was stopped; its table, picture and numbers go to bench/results/structures_TASK. From those that are there
 bench/results/structures.md is made: what each finding of the paper (Gupta et al., 2406.11307) becomes here.
 """
+import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 
 import lowfat
-from lowfat.compare.summary import TIE
+from lowfat.comparison.summary import TIE
 from lowfat.data import read_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -57,12 +59,12 @@ def page() -> str:
         path = folder_of(name) / "compare.json"
         if path.exists():
             found = json.loads(path.read_text())
-            text += [f"## {name}", "", *findings(found["summary"], found["about"]), "",
+            text += [f"## {name}", "", *findings(found["summary"]), "",
                      *(folder_of(name) / "compare.md").read_text().splitlines()[1:], ""]
     return "\n".join(text)
 
 
-def structures(summary: list[dict], about: dict) -> list[str]:
+def structures(summary: list[dict]) -> list[str]:
     """The paper: low rank is ahead of Monarch at every ratio; block-wise low rank lies close to Monarch, its relative."""
     lines = []
     for fit, (low_rank, blockwise, monarch) in FITS.items():
@@ -79,11 +81,13 @@ def structures(summary: list[dict], about: dict) -> list[str]:
 def gain(summary: list[dict], row: dict, ahead: str, behind: str) -> float:
     mean = {one["method"]: one["mean"] for one in summary
             if all(one[key] == row[key] for key in ("ratio", "recovery", "learning_rate"))}
-    return mean[ahead] - mean[behind]
+    return math.nan if None in (mean[ahead], mean[behind]) else mean[ahead] - mean[behind]
 
 
 def verdict(gains) -> str:
     gains = list(gains)
+    if any(map(math.isnan, gains)):
+        return "not decided, every run of a method diverged"
     if min(gains) >= TIE:
         return "supported"
     if max(gains) <= -TIE:
@@ -93,7 +97,7 @@ def verdict(gains) -> str:
     return "supported in part" if min(gains) > -TIE else "not supported, mixed"
 
 
-def staging(summary: list[dict], about: dict) -> list[str]:
+def staging(summary: list[dict]) -> list[str]:
     """The paper: factorized in stages, fewer runs collapse and the mean is higher."""
     lines = []
     pairs = [(one, next(other for other in summary if other["recovery"] == "staged"
@@ -105,14 +109,20 @@ def staging(summary: list[dict], about: dict) -> list[str]:
     lines.append(f"* staging keeps runs from staying at chance: **{words}** (share of collapsed runs, one shot against staged: "
                  + ", ".join(f"{once['collapsed']:.0%} against {staged['collapsed']:.0%} at rate {once['learning_rate']:g}"
                              for once, staged in pairs) + ").")
-    gains = [staged["mean"] - once["mean"] for once, staged in pairs]
+    gains = [math.nan if None in (staged["mean"], once["mean"]) else staged["mean"] - once["mean"] for once, staged in pairs]
     lines.append(f"* staging raises the mean: **{verdict(gains)}** ("
                  + ", ".join(f"rate {once['learning_rate']:g} {100 * value:+.1f}" for (once, _), value in zip(pairs, gains))
-                 + f" points, {about['steps']} steps in all).")
+                 + f" points, {pairs[0][0]['steps']} steps in all).")
     return lines
 
 
 if __name__ == "__main__":
-    for chosen in [name for name in sys.argv[1:] if name in GRIDS] or (() if "--page" in sys.argv else GRIDS):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grids", nargs="*", metavar="GRID", help=", ".join(GRIDS))
+    parser.add_argument("--page", action="store_true", help="make the page alone")
+    options = parser.parse_args()
+    if unknown := set(options.grids) - GRIDS.keys():
+        parser.error(f"there is no grid {', '.join(unknown)}; there are {', '.join(GRIDS)}")
+    for chosen in () if options.page else options.grids or GRIDS:
         run(chosen)
     PAGE.write_text(page())

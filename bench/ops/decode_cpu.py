@@ -18,7 +18,8 @@ from lowfat.bench import low_rank
 from lowfat.bench.measure import measure
 from lowfat.bench.monarch import Monarch
 from lowfat.bench.shapes import Layer, layers
-from lowfat.bench.timing import Pool, header, markdown
+from lowfat.bench.timing import Pool
+from lowfat.measured import header, markdown
 
 ROWS = (1, 4, 8, 16)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -37,8 +38,8 @@ class Bench:
 def low_rank_targets(rows: list[dict]) -> dict[str, dict]:
     found = {}
     for dtype, target in {"bfloat16": 2.2, "float32": 1.7}.items():
-        mine = [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
-        found[f"{dtype}: times faster than two F.linear, geometric mean at m = 1, 4, 8"] = {
+        mine = few_rows(rows, dtype)
+        found[f"{dtype}: times faster than two F.linear, geometric mean at {counts(mine)}"] = {
             "found": geometric_mean([row["faster"] for row in mine]), "at_least": target,
             "pure_read": geometric_mean([row["pair_us"] / row["floor_us"] for row in mine])}
     large = [row["of_floor"] for row in rows if row["m"] == 1 and row["k"] == 4096]
@@ -51,12 +52,21 @@ def low_rank_targets(rows: list[dict]) -> dict[str, dict]:
 def monarch_targets(rows: list[dict]) -> dict[str, dict]:
     found = {}
     for dtype in DTYPES:
-        mine = [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
+        mine = few_rows(rows, dtype)
         least = min(mine, key=lambda row: row["faster"], default=None)
         if least:
-            found[f"{dtype}: times faster than the bmm chain at m = 1, 4, 8, least ({shape(least)}, m = {least['m']})"] = {
+            found[f"{dtype}: times faster than the bmm chain at {counts(mine)}, least ({shape(least)}, m = {least['m']})"] = {
                 "found": least["faster"], "at_least": 2, "pure_read": least["pair_us"] / least["floor_us"]}
     return found
+
+
+def few_rows(rows: list[dict], dtype: str) -> list[dict]:
+    """What the targets of speed are about: m up to 8."""
+    return [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
+
+
+def counts(rows: list[dict]) -> str:
+    return "m = " + ", ".join(str(m) for m in sorted({row["m"] for row in rows}))
 
 
 def on_layers(raced, sizes: str) -> list[tuple[Any, Layer]]:

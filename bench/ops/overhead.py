@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 import lowfat
-from lowfat.bench.timing import header, markdown
+from lowfat.measured import header, markdown
 
 TARGET = 1.7  # times two F.linear at most, without gradients
 COLUMNS = {"gradients": "gradients recorded", "us": "low_rank µs", "pair_us": "two F.linear µs", "ratio": "ratio",

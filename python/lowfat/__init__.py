@@ -3,7 +3,7 @@ from ._native import build_info, kernels
 from .blocks import Blocks, group_blocks, ungroup_blocks
 from .calibrate import Calibration, calibrate
 from .checkpoint import export_dense, load, save
-from .compare import compare
+from .comparison import compare
 from .evaluate import evaluate
 from .factorize import Report, factorize
 from .ops import low_rank

@@ -15,7 +15,7 @@ import typer
 
 from . import hub
 from .bench.shapes import MODELS
-from .compare.grid import RECOVERIES
+from .comparison.grid import RECOVERIES
 from .data import TASKS, read_rows
 from .demo import ENCODER, encoder_folder
 from .errors import ArgumentError, DeviceError, LowfatError
@@ -249,7 +249,7 @@ def compare(
     Example:  lowfat compare all-MiniLM-L6-v2 table --seeds 1 --steps 20 \\
                   --train lowfat-demo/texts.jsonl --data lowfat-demo/test.jsonl
     """
-    from .compare import compare as job
+    from .comparison import compare as job
 
     where, rows, judged = device_of(device), read_rows(train), read_rows(data)
     with bar("opening") as tell:

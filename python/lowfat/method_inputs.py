@@ -1,6 +1,7 @@
 """What a method wants before it can start: options that fit the model, and statistics of the texts it reads."""
 from collections.abc import Mapping, Sequence
 
+from .allocate import per_matrix
 from .calibrate import calibrate
 from .data import batches
 from .errors import ArgumentError
@@ -8,7 +9,7 @@ from .factorize import check_weights
 from .layers import factorizable
 from .methods import check_arguments
 from .model_inputs import padding
-from .plan import POLICIES, ladders_of, plan
+from .plan import POLICIES, budget_of, ladders_of, plan
 from .stats import Calibration
 
 
@@ -23,8 +24,14 @@ def needs_of(method: str, arguments: dict, policy: str) -> frozenset[str]:
 def check_fit(model, *, method: str, arguments: dict, ratio: float, layers: Sequence[str] | None) -> None:
     """Raises what is wrong with ratio, patterns, sizes or weights, without the work of a plan."""
     plan(model, method="svd", ratio=ratio, layers=layers)
-    ladders_of(check_arguments(method, arguments), factorizable(model, layers), arguments)
+    ladders = ladders_of(check_arguments(method, arguments), factorizable(model, layers), arguments)
+    per_matrix(ladders, budget_of(ladders, ratio))
     check_weights(factorizable(model, layers))
+
+
+def spread(items: Sequence, most: int) -> list:
+    """At most so many of them, evenly spread: files are often sorted."""
+    return [items[index * len(items) // most] for index in range(most)] if len(items) > most else list(items)
 
 
 def texts_for(needs: frozenset[str], model, tokenizer, rows: Sequence[Mapping], task: str, *, batch_size: int,

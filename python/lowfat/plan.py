@@ -100,7 +100,7 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
     if checked.needs:
         _check_stats(checked, chosen, stats, arguments)
     ladders = ladders_of(checked, chosen, arguments)
-    budget = int(ratio * sum(ladder.costs[-1] for ladder in ladders))
+    budget = budget_of(ladders, ratio)
     if policy == "allocated":
         picks = allocated(ladders, budget, [_losses(checked, module, stats, name, ladder, arguments)
                                             for (name, module), ladder in zip(chosen.items(), ladders)])
@@ -108,6 +108,11 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
         picks = {"per_matrix": per_matrix, "uniform_rank": uniform_rank}[policy](ladders, budget)
     return Plan({name: _choice(method, arguments, ladder, pick, dense_weight(module))
                  for (name, module), ladder, pick in zip(chosen.items(), ladders, picks)}, ratio=ratio, policy=policy)
+
+
+def budget_of(ladders: Sequence[Ladder], ratio: float) -> int:
+    """Parameters that all layers together may keep."""
+    return int(ratio * sum(ladder.costs[-1] for ladder in ladders))
 
 
 def ladders_of(method: Method, chosen: Mapping[str, nn.Module], arguments: dict[str, Any]) -> list[Ladder]:

@@ -211,7 +211,7 @@ def _show_race(rows: list[dict], title: str) -> None:
 
 
 def show_comparison(found: dict, folder: Path) -> None:
-    from .compare.summary import COLUMNS, findings, texts
+    from .comparison.summary import COLUMNS, findings, texts
 
     about = found["about"]
     shown = ("method", "ratio", "recovery", "learning_rate", "mean", "spread", "collapsed", "many")

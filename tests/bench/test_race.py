@@ -13,6 +13,7 @@ from lowfat.bench.measure import calls, floor, measure, which_ran
 from lowfat.bench.shapes import MODELS, Layer, layers
 from lowfat.cli import app
 from lowfat.errors import ArgumentError
+from lowfat.measured import header
 from lowfat.show import show_bench
 
 CPU = torch.device("cpu")
@@ -321,7 +322,7 @@ def test_a_row_and_its_table_on_a_gpus_harness(made, capsys):
     rows, chains = [measure(bench, pool, layer, 2, 0, limits=limits)], [bench.measure_chain(pool, layer, 2, limits)]
     assert rows[0]["failed_gates"] == [] and rows[0]["repeats"] == 101
     assert rows[0]["floor_us"] == pytest.approx(2 * (32 + 2) * (96 + 160) / 4.3e6)
-    about = {"op": "low_rank", **timing.header(1), "gpu": "a GPU"}
+    about = {"op": "low_rank", **header(1), "gpu": "a GPU"}
     show_bench({"header": about, "ceilings": limits, "rows": rows, "chains": chains})
     shown = capsys.readouterr().out
     assert all(words in shown for words in ("a GPU", "4.30 TB/s", "chain of 32", "96 -> 160, 32")), shown

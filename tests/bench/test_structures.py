@@ -17,16 +17,16 @@ def test_verdict(gains, words):
 
 
 def rows(recovery, means, collapsed):
-    return [{"method": "svd", "ratio": 0.5, "recovery": recovery, "learning_rate": rate, "mean": mean, "collapsed": share}
-            for rate, mean, share in zip((5e-5, 1e-4), means, collapsed)]
+    return [{"method": "svd", "ratio": 0.5, "recovery": recovery, "learning_rate": rate, "mean": mean, "collapsed": share,
+             "steps": 400} for rate, mean, share in zip((5e-5, 1e-4), means, collapsed)]
 
 
 @pytest.mark.parametrize("shares, words", [
-    ((0.0, 1 / 3), "supported"), ((1 / 3, 1.0), "not supported"), ((2 / 3, 1.0), "contradicted"), ((0.0, 1.1), "mixed")])
+    ((0.0, 1 / 3), "supported"), ((1 / 3, 2 / 3), "not supported"), ((2 / 3, 2 / 3), "contradicted"), ((0.0, 1.0), "mixed")])
 def test_staging(shares, words):
-    summary = rows("finetune", (0.6, 0.7), (1 / 3, 1.0)) + rows("staged", (0.65, 0.7), shares)
-    collapse, mean = structures.staging(summary, {"steps": 400})
-    assert f"**{words}**" in collapse and "33% against" in collapse and "100% against" in collapse
+    summary = rows("finetune", (0.6, 0.7), (1 / 3, 2 / 3)) + rows("staged", (0.65, 0.7), shares)
+    collapse, mean = structures.staging(summary)
+    assert f"**{words}**" in collapse and "33% against" in collapse and "67% against" in collapse
     assert "**supported in part** (rate 5e-05 +5.0, rate 0.0001 +0.0 points, 400 steps in all)" in mean
 
 
@@ -35,7 +35,12 @@ def test_structures_compares_like_with_like():
              "block_low_rank:blocks=4:fit=outputs": 0.8, "monarch:blocks=4:fit=outputs": 0.9}
     summary = [{"method": method, "ratio": 0.5, "recovery": "none", "learning_rate": None, "mean": mean}
                for method, mean in means.items()]
-    lines = structures.structures(summary, {})
+    lines = structures.structures(summary)
     assert len(lines) == 6 and "**supported** (50% none +11.0 points)" in lines[0]
     assert "block-wise low rank is ahead of Monarch: **not supported, ties** (50% none +1.0 points)" in lines[2]
     assert "nearest outputs: low rank is ahead of Monarch: **contradicted** (50% none -10.0 points)" in lines[3]
+
+
+def test_a_method_that_always_diverged_decides_nothing():
+    summary = rows("finetune", (0.6, None), (0.0, 1.0)) + rows("staged", (0.65, 0.7), (0.0, 0.0))
+    assert "**not decided, every run of a method diverged**" in structures.staging(summary)[1]

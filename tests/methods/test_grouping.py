@@ -13,7 +13,7 @@ from lowfat.structures import Monarch
 
 NAMES = ("monarch", "block_low_rank")
 SIZES = [(22, 30, (3, 4), 2), (24, 24, (4, 4), 3), (24, 24, (1, 4), 3), (24, 24, (4, 1), 2), (7, 9, (2, 5), 1),
-         (7, 9, (9, 7), 1)]  # n, k, blocks, rank
+         (7, 9, (9, 7), 1), (9, 8, (1, 8), 1)]  # n, k, blocks, rank; the last leaves whole blocks of padding
 EPS = torch.finfo(torch.float64).eps
 
 

@@ -274,3 +274,16 @@ def test_in_the_dtype_of_the_weight(dtype):
     closest = Monarch.from_dense(weight.double(), blocks=(4, 3), rank=4).dense()
     error = (layer.double().dense() - closest).norm() / closest.norm()
     assert error < 2 * gates.ROUNDOFF[dtype]  # each factor rounded once
+
+
+def test_rows_that_change_are_sorted_anew():
+    layer = Monarch.from_dense(torch.randn(9, 8), blocks=2, rank=2, rows=torch.randperm(9))
+    x = torch.randn(3, 8)
+    for change in (lambda: None, lambda: layer.rows.copy_(torch.arange(9)), lambda: layer.register_buffer(
+            "rows", torch.arange(9).flip(0).int())):
+        change()
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), x @ layer.dense().T)
+    with torch.inference_mode():
+        layer.rows = torch.arange(9, dtype=torch.int32)
+        torch.testing.assert_close(layer(x), x @ layer.dense().T)

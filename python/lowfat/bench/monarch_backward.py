@@ -9,7 +9,7 @@ from .gates import Chain, failed_gates
 from .low_rank_backward import ALL, given
 from .monarch import Monarch
 from .shapes import Layer
-from .timing import Candidate
+from .timing import Candidate, compile_anew
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class MonarchBackward(Monarch):
             "pair": Candidate(count, factors, lambda v, u: products(dy, x, h, v, u)),
         }
         if compiled:
-            torch.compiler.reset()  # every shape is compiled for itself
-            built = torch.compile(products, dynamic=False, mode="max-autotune-no-cudagraphs")
+            built = compile_anew(products)
             found["compiled"] = Candidate(count, factors, lambda v, u: built(dy, x, h, v, u))
         return found
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from ..errors import ArgumentError
+from ..measured import header
 from . import graphs, low_rank, low_rank_backward, low_rank_group, low_rank_swiglu
 from .measure import measure
 from .monarch import Monarch
 from .monarch_backward import MonarchBackward
 from .shapes import Layer, layers
-from .timing import Pool, header
+from .timing import Pool
 
 # modules as measure.py wants them, or objects that have the same; chains are for those that have measure_chain
 OPS = {raced.OP: raced for raced in (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, Monarch(),

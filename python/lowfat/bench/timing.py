@@ -1,8 +1,5 @@
 """Paired timing of calls on weights that come from memory, not from caches; what they returned is kept to be judged."""
-import datetime
 import glob
-import os
-import platform
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,25 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .. import _native, doctor
-
-
-def header(threads: int, device: torch.device = torch.device("cpu")) -> dict:
-    """What a number means nothing without. Clocks are measured as they are, never set."""
-    build, processor = _native.build_info(), doctor.cpu()
-    about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": processor["name"], "cores": os.cpu_count(), "threads": threads, "level": processor["level"],
-        "load": [round(load, 2) for load in os.getloadavg()],
-        "lowfat": build.get("version"), "compiler": build.get("compiler"),
-        "torch": torch.__version__, "python": platform.python_version(),
-    }
-    if device.type == "cuda":
-        gpu = (doctor.gpus() or [{}])[0]
-        about |= {"gpu": torch.cuda.get_device_name(device), "driver": gpu.get("driver"), "cuda": torch.version.cuda,
-                  "nvcc": build.get("cuda")}
-    return about
 
 
 def last_level_cache_bytes() -> int:
@@ -134,13 +112,6 @@ def times_faster(ours: Timed, theirs: Timed) -> tuple[float, float, float]:
 def repeats_for(call_seconds: float, seconds: float) -> int:
     """Repeats that take about this long, never few; odd, so that the median is a measurement."""
     return max(15, min(301, int(seconds / call_seconds))) | 1
-
-
-def markdown(columns: dict[str, str], rows: list[dict]) -> str:
-    """A table; columns: key of a row -> title."""
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(str(row[key]) for key in columns) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def microseconds(timed: Timed) -> float:

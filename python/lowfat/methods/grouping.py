@@ -118,6 +118,8 @@ def _halved(parts: Tensor, sizes: Tensor, rank: int) -> Tensor:
         if stop - first > 1:
             middle = (first + stop) // 2
             members = (owner == first).nonzero()[:, 0]
+            if not len(members):  # whole blocks of padding
+                continue
             order = members[_direction(white[:, members]).argsort(descending=True, stable=True)]
             owner[order[int(sizes[first:middle].sum()):]] = middle
             pending += [(first, middle), (middle, stop)]

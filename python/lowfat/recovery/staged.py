@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from ..evaluate import evaluate
 from ..factorize import Report
 from ..layers import factorizable
-from ..method_inputs import check_fit, needs_of, stats_for, texts_for
+from ..method_inputs import check_fit, needs_of, spread, stats_for, texts_for
 from ..model_inputs import fitting
 from ..plan import plan
 from ..progress import tensors_digest
@@ -67,9 +67,9 @@ def staged(model, train: Sequence[Mapping], *, tokenizer, task: str | None = Non
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
                                temperature=temperature, alpha=alpha, autocast=autocast)
-    texts = needs and texts_for(needs, model, tokenizer, _spread(train, calibration_rows), objective.task,
+    texts = needs and texts_for(needs, model, tokenizer, spread(train, calibration_rows), objective.task,
                                 batch_size=batch_size, max_length=fitting(max_length, model))
-    sample = [padded(part, tokenizer) for part in slices(_spread(data, _SAMPLE), batch_size)]
+    sample = [padded(part, tokenizer) for part in slices(spread(data, _SAMPLE), batch_size)]
     planned = {"method": method, "ratio": ratio, "policy": policy, "arguments": arguments, "layers": layers}
     options = planned | {
         "task": objective.task, "by": by, "order": order, "steps": steps, "final_share": final_share, "guard": guard,
@@ -127,8 +127,3 @@ def steps_of_a_stage(steps: int, final_share: float, stages: int) -> int:
         least = next(budget for budget in count(int((stages - 0.5) / (1 - final_share))) if each(budget))
         raise ArgumentError(f"steps is {steps}; {stages} stages, and {final_share:g} of the steps after them, need {least}")
     return each(steps)
-
-
-def _spread(items: Sequence, most: int) -> list:
-    """At most so many of them, evenly spread: files are often sorted."""
-    return [items[index * len(items) // most] for index in range(most)] if len(items) > most else list(items)

@@ -36,6 +36,7 @@ class Monarch(Structure):
         self.u = nn.Parameter(torch.empty(b_out, s, b_in * self.rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("rows", torch.arange(out_features, dtype=torch.int32, device=device) if grouped else None)
+        self._inverse: tuple[Tensor, int, Tensor] | None = None  # of rows: what they were, their version, the answer
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,7 +100,16 @@ class Monarch(Structure):
 
     def _sorted(self, computed: Tensor, dim: int) -> Tensor:
         """What the blocks compute, in the order of the outputs: the inverse permutation along dim."""
-        return computed if self.rows is None else computed.index_select(dim, self.rows.argsort())
+        return computed if self.rows is None else computed.index_select(dim, self._inverse_rows())
+
+    def _inverse_rows(self) -> Tensor:
+        """Kept until rows is another tensor or has been written to: a sort takes 20 times as long as the gather."""
+        rows = self.rows
+        if torch.compiler.is_compiling() or rows.is_meta or rows.is_inference():  # the last have no version
+            return rows.argsort()
+        if self._inverse is None or self._inverse[0] is not rows or self._inverse[1] != rows._version:
+            self._inverse = rows, rows._version, rows.argsort()
+        return self._inverse[2]
 
     def shape(self) -> dict[str, Any]:
         return {"in_features": self.in_features, "out_features": self.out_features, "blocks": list(self.blocks),

@@ -9,7 +9,7 @@ from ..errors import NumericsError
 from ..evaluate import evaluate
 from ..factorize import factorize
 from ..job import open_model
-from ..method_inputs import needs_of, stats_for, texts_for
+from ..method_inputs import needs_of, spread, stats_for, texts_for
 from ..plan import plan
 from ..recovery import finetune, staged
 from .grid import Cell
@@ -38,21 +38,26 @@ class Job:
 
 
 def run(job: Job, cell: Cell, on_progress=None) -> dict:
-    """The numbers of a cell. Killed, the training of the same call goes on where its last state was kept."""
+    """The numbers of a cell. Killed, the training of the same call goes on where its last state was kept; the seconds are
+    None then, since nobody knows all of them."""
     started = time.monotonic()
+    row = {"method": cell.label, "ratio": cell.ratio, "kept": None if cell.method else 1.0, "recovery": cell.recovery,
+           "learning_rate": cell.learning_rate, "seed": cell.seed, "steps": 0, "stages_failed": 0, "score": None, "failed": "",
+           "numbers": {}, "seconds": None}
     model, tokenizer = open_model(job.folder, task=job.task, device=job.device)
-    kept, steps, failed, found = 1.0, 0, "", {}
+    resumed_from = 0
     try:
         if cell.method is not None:
-            kept, steps = _made(job, cell, model, tokenizer, on_progress)
-        found = evaluate(model, job.test, tokenizer, task=job.task, max_length=job.max_length)
+            resumed_from = _make(job, cell, model, tokenizer, row, on_progress)
+        row["numbers"] = evaluate(model, job.test, tokenizer, task=job.task, max_length=job.max_length)
+        row["score"] = _finite(row["numbers"][SCORES[job.task]])
     except NumericsError as error:  # a training that diverged is a result too
-        failed = str(error)
-    score = found.get(SCORES[job.task], math.nan)
-    return {"method": cell.label, "ratio": cell.ratio, "kept": kept, "recovery": cell.recovery,
-            "learning_rate": cell.learning_rate, "seed": cell.seed, "steps": steps,
-            "score": score if math.isfinite(score) else None, "failed": failed, "numbers": found,
-            "seconds": round(time.monotonic() - started, 1)}
+        row["failed"] = str(error)
+    return row if resumed_from else row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _finite(score: float) -> float | None:
+    return score if math.isfinite(score) else None
 
 
 def model_of(job: Job, cell: Cell):
@@ -68,7 +73,7 @@ def statistics(job: Job, cell: Cell, model, tokenizer):
     needs, arguments = needs_of(cell.method, cell.settings, job.policy), cell.settings
     if not needs:
         return None
-    found = texts_for(needs, model, tokenizer, job.train[:job.calibration_rows], job.task, batch_size=CALIBRATION_BATCH,
+    found = texts_for(needs, model, tokenizer, spread(job.train, job.calibration_rows), job.task, batch_size=CALIBRATION_BATCH,
                       max_length=job.max_length)
     kind = "-".join(sorted(needs)) + ("-exact" if arguments.get("exact") else "")
     return stats_for(needs, arguments, model, tokenizer, found, job.task, layers=job.layers,
@@ -83,18 +88,22 @@ def _factorized(job: Job, cell: Cell, model, tokenizer) -> float:
     return factorize(model, choices, stats).ratio
 
 
-def _made(job: Job, cell: Cell, model, tokenizer, on_progress) -> tuple[float, int]:
-    """(share of parameters kept, training steps done)"""
+def _make(job: Job, cell: Cell, model, tokenizer, row: dict, on_progress) -> int:
+    """Fills the row in as far as it gets; the step that an earlier call had reached."""
+    if cell.recovery != "staged":
+        row["kept"] = _factorized(job, cell, model, tokenizer)
     if cell.recovery == "none":
-        return _factorized(job, cell, model, tokenizer), 0
+        return 0
     teacher = open_model(job.folder, task=job.task, device=job.device)[0] if job.distill else None
     training = {"tokenizer": tokenizer, "task": job.task, "teacher": teacher, "steps": job.steps,
                 "learning_rate": cell.learning_rate, "batch_size": job.batch_size, "max_length": job.max_length,
                 "autocast": job.autocast, "seed": cell.seed, "out": job.states / f"{cell.name}.model", "overwrite": True,
                 "on_progress": on_progress}
     if cell.recovery == "finetune":
-        kept = _factorized(job, cell, model, tokenizer)
-        return kept, finetune(model, job.train, **training).steps
-    report = staged(model, job.train, method=cell.method, ratio=cell.ratio, policy=job.policy, layers=job.layers,
-                    arguments=cell.settings, calibration_rows=job.calibration_rows, **training)
-    return report.factorized.ratio, report.steps
+        report = finetune(model, job.train, **training)
+    else:
+        report = staged(model, job.train, method=cell.method, ratio=cell.ratio, policy=job.policy, layers=job.layers,
+                        arguments=cell.settings, calibration_rows=job.calibration_rows, **training)
+        row |= {"kept": report.factorized.ratio, "stages_failed": sum(stage.failed for stage in report.stages)}
+    row["steps"] = report.steps
+    return report.resumed_from

@@ -11,18 +11,18 @@ from queue import Empty
 import torch
 
 from .. import progress, storage
-from ..bench.timing import header
 from ..data import task_for
 from ..errors import ArgumentError
 from ..evaluate import judged
 from ..job import file_digests, open_model
+from ..measured import header
 from ..method_inputs import check_fit, needs_of
 from ..model_inputs import fitting
 from ..recovery.staged import FINAL_SHARE, stages_of, steps_of_a_stage
 from ..strict_json import read_json
-from .cell import SCORES, Job, run, statistics
-from .grid import Cell, grid
-from .speed import speeds
+from .cell import SCORES, Job, model_of, run, statistics
+from .grid import DENSE, Cell, grid, untrained
+from .speed import speed
 from .summary import chance, draw, markdown, summary
 
 _OPTIONS = ("task", "steps", "batch_size", "max_length", "policy", "layers", "calibration_rows", "distill", "autocast")
@@ -46,10 +46,11 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
     Raises ArgumentError before any work for everything that can be known by then."""
     cells = grid(methods, ratios, recoveries, learning_rates, seeds)
     folder, out, device = Path(folder), Path(out), torch.device(device)
-    storage.check_target(out, overwrite)
+    states = out.absolute().parent / f".{out.name}.progress"
+    storage.check_target(out, overwrite or states.exists())
     _check(device, steps=steps, batch_size=batch_size, calibration_rows=calibration_rows, jobs=jobs)
     model, tokenizer = open_model(folder, task=task)
-    task, states = task_for(model, task), out.absolute().parent / f".{out.name}.progress"
+    task = task_for(model, task)
     job = Job(folder.absolute(), list(train), list(test), states, task, steps, batch_size, fitting(max_length, model),
               policy, layers, calibration_rows, distill or task == "embedding", autocast, str(device))
     _check_model(model, tokenizer, job, cells)
@@ -60,12 +61,14 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
         "jobs": jobs, "train_rows": len(job.train), "test_rows": len(job.test), "score": SCORES[task],
         "chance": chance(task, job.test, label2id=model.config.label2id, vocabulary=model.config.vocab_size)}
     fingerprint |= progress.environment(device) | {"threads": _threads(jobs)}
-    tell = on_progress or (lambda *_: None)
+    storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
     del model
     with progress.opened(states, fingerprint):
-        found = {"about": about, "cells": _rows(job, cells, jobs, tell)}
+        work = _Work(job, cells, on_progress or (lambda *_: None))
+        found = {"about": about, "cells": _rows(job, cells, jobs, work)}
         storage.stage("compared")
-        found |= {"speed": _speeds(job, cells, tell)}
+        found |= {"speed": _speeds(job, cells, work)}
+        storage.stage("timed")
         found |= {"summary": summary(found)}
 
         def fill(target):
@@ -73,7 +76,8 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
             (target / "compare.md").write_text(markdown(found))
             draw(found, target / "compare.png")
 
-        storage.write_folder(out, fill, overwrite=overwrite, facts={"job": fingerprint})
+        if not progress.holds_result(out, fingerprint):
+            storage.write_folder(out, fill, overwrite=overwrite, facts={"job": fingerprint})
         progress.remove(states)
     return found
 
@@ -90,7 +94,7 @@ def _check_model(model, tokenizer, job: Job, cells: list[Cell]) -> None:
     """Whether it can be judged on these texts, and made smaller in all these ways."""
     for rows in (job.test,) if job.task == "embedding" else (job.test, job.train):
         judged(rows, tokenizer, job.task, model, max_length=job.max_length)
-    for cell in cells[1:]:
+    for cell in dict.fromkeys(cell.untrained for cell in cells[1:]):
         check_fit(model, method=cell.method, arguments=cell.settings, ratio=cell.ratio, layers=job.layers)
         if "fisher" in needs_of(cell.method, cell.settings, job.policy) and job.task == "embedding":
             raise ArgumentError(f"{cell.label} needs a task with a loss, classification or lm; this model makes embeddings")
@@ -103,33 +107,49 @@ def _threads(jobs: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ the cells
-def _rows(job: Job, cells: list[Cell], jobs: int, on_progress) -> list[dict]:
+class _Work:
+    """How far all cells are, in training steps: opening, judging and timing a model count as some."""
+
+    def __init__(self, job: Job, cells: list[Cell], on_progress):
+        self.steps = {cell: _OVERHEAD + (0 if cell.learning_rate is None else job.steps) for cell in cells}
+        self.done: dict[Cell, int] = {}
+        self.total = sum(self.steps.values()) + _OVERHEAD * len(untrained(cells))
+        self.timed = 0
+        self.on_progress = on_progress
+
+    def tell(self, cell: Cell, step: int) -> None:
+        self.done[cell] = max(step, self.done.get(cell, 0))
+        self._tell(f"{cell.label} {cell.ratio:.0%} {cell.recovery}")
+
+    def finish(self, cell: Cell) -> None:
+        self.tell(cell, self.steps[cell])
+
+    def finish_speed(self, cell: Cell) -> None:
+        self.timed += _OVERHEAD
+        self._tell(f"speed of {cell.label} {cell.ratio:.0%}")
+
+    def _tell(self, what: str) -> None:
+        self.on_progress(sum(self.done.values()) + self.timed, self.total, what)
+
+
+def _rows(job: Job, cells: list[Cell], jobs: int, work: _Work) -> list[dict]:
     """The numbers of every cell: read where they are kept, else worked out and kept."""
     paths = {cell: job.states / f"{cell.name}.json" for cell in cells}
     todo = [cell for cell in cells if not paths[cell].exists()]
-    total = sum(_work(job, cell) for cell in cells)
-    done = {cell: _work(job, cell) for cell in cells if cell not in todo}
-
-    def tell(cell: Cell, step: int) -> None:
-        done[cell] = step
-        on_progress(sum(done.values()), total, f"{cell.label} {cell.ratio:.0%} {cell.recovery}")
-
-    for cell, row in _worked_out(job, todo, jobs, tell):
+    for cell in cells:
+        if cell not in todo:
+            work.finish(cell)
+    for cell, row in _worked_out(job, todo, jobs, work.tell):
         storage.write_json(paths[cell], row)
-        tell(cell, _work(job, cell))
+        work.finish(cell)
         trained = job.states / f"{cell.name}.model"
         if trained.exists():
             progress.discard(trained)
     return [read_json(paths[cell]) for cell in cells]
 
 
-def _work(job: Job, cell: Cell) -> int:
-    """In training steps, as far as it matters for the time left."""
-    return _OVERHEAD + (0 if cell.learning_rate is None else job.steps)
-
-
 def _worked_out(job: Job, cells: list[Cell], jobs: int, tell) -> Iterator[tuple[Cell, dict]]:
-    if jobs == 1 or len(cells) < 2:
+    if jobs == 1:
         for cell in cells:
             yield cell, run(job, cell, lambda step, *_: tell(cell, step))
         return
@@ -172,6 +192,7 @@ def _hear(steps, tell) -> None:
 def _start(threads: int, steps, parent: int, has_bars: bool) -> None:
     global _steps
     _steps = steps
+    steps.cancel_join_thread()  # a process may end with messages that nobody will read
     if not has_bars:
         from transformers.utils import logging
 
@@ -191,8 +212,16 @@ def _run(job: Job, cell: Cell) -> dict:
     return run(job, cell, lambda step, *_: _steps.put((cell, step)))
 
 
-def _speeds(job: Job, cells: list[Cell], on_progress) -> list[dict]:
-    path = job.states / "speed.json"
-    if not path.exists():
-        storage.write_json(path, speeds(job, cells[1:], on_progress))
-    return read_json(path)
+# --- in this process again ---
+
+def _speeds(job: Job, cells: list[Cell], work: _Work) -> list[dict]:
+    """One after the other, when nothing else of this job runs; kept like the cells."""
+    rows, dense = [], None
+    for cell in untrained(cells):
+        path = job.states / f"speed-{cell.name}.json"
+        if not path.exists():
+            dense = dense or model_of(job, DENSE)
+            storage.write_json(path, speed(job, cell, *dense))
+        rows.append(read_json(path))
+        work.finish_speed(cell)
+    return rows

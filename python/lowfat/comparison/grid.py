@@ -1,7 +1,7 @@
 """What is compared: every method at every ratio, with every recovery, rate and seed, and the dense model itself."""
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 from ..errors import ArgumentError
@@ -29,8 +29,12 @@ class Cell:
         """Unique, and fit for a file: svd-0.5-finetune-0.0001-seed0"""
         if self.method is None:
             return "dense"
-        trained = [] if self.learning_rate is None else [f"{self.learning_rate:g}", f"seed{self.seed}"]
-        return "-".join([self.label.replace(":", "-").replace("/", "-"), f"{self.ratio:g}", self.recovery, *trained])
+        trained = [] if self.learning_rate is None else [repr(self.learning_rate), f"seed{self.seed}"]
+        return "-".join([self.label.replace(":", "-"), repr(self.ratio), self.recovery, *trained])
+
+    @property
+    def untrained(self) -> "Cell":
+        return replace(self, recovery="none", learning_rate=None, seed=None)
 
     @property
     def label(self) -> str:
@@ -45,27 +49,23 @@ class Cell:
 DENSE = Cell(None, "{}", 1.0, "none", None, None)
 
 
+def untrained(cells: Sequence[Cell]) -> list[Cell]:
+    """Every method and ratio of the cells once."""
+    return list(dict.fromkeys(cell.untrained for cell in cells))
+
+
 def grid(methods: Sequence[str], ratios: Sequence[float], recoveries: Sequence[str], learning_rates: Sequence[float],
          seeds: int) -> list[Cell]:
     """Every cell, the dense model first. ArgumentError names the value that does not fit, or stands twice."""
-    for name, values in (("methods", methods), ("ratios", ratios), ("recoveries", recoveries),
-                         ("learning_rates", learning_rates)):
-        if isinstance(values, str) or not values:
-            raise ArgumentError(f"{name} must be a list of at least one, found {values!r}")
-        if len(set(values)) < len(values):
-            raise ArgumentError(f"{name} has a value twice: {', '.join(map(str, values))}")
-    for ratio in ratios:
-        _check_number("ratios", ratio, 1)
-    for rate in learning_rates:
-        _check_number("learning_rates", rate, inf)
-    for recovery in recoveries:
-        if recovery not in RECOVERIES:
-            raise ArgumentError(f"recoveries must be of {', '.join(RECOVERIES)}; found {recovery!r}")
+    methods = _checked("methods", methods, parsed)
+    ratios = _checked("ratios", ratios, lambda ratio: _number("ratios", ratio, 1))
+    learning_rates = _checked("learning_rates", learning_rates, lambda rate: _number("learning_rates", rate, inf))
+    recoveries = _checked("recoveries", recoveries, _recovery)
     if type(seeds) is not int or seeds < 1:
         raise ArgumentError(f"seeds is {seeds!r}; needs a whole number, at least 1")
     cells = [DENSE]
     for ratio in ratios:
-        for method, arguments in map(parsed, methods):
+        for method, arguments in methods:
             for recovery in recoveries:
                 trained = [(None, None)] if recovery == "none" else [(rate, seed) for rate in learning_rates
                                                                      for seed in range(seeds)]
@@ -80,10 +80,26 @@ def parsed(text: str) -> tuple[str, str]:
     method, *settings = text.split(":")
     arguments = named(text, settings)
     check_arguments(method, arguments)
-    return method, json.dumps(arguments)
+    return method, json.dumps(arguments, sort_keys=True)
 
 
-def _check_number(name: str, value: float, most: float) -> None:
+def _checked(name: str, values: Sequence, check) -> list:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ArgumentError(f"{name} must be a list of at least one, found {values!r}")
+    found = [check(value) for value in values]
+    if len(set(found)) < len(found):
+        raise ArgumentError(f"{name} has a value twice: {', '.join(map(str, values))}")
+    return found
+
+
+def _number(name: str, value: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or not 0 < value < most:
         limits = "above 0" + (f" and below {most}" if isfinite(most) else "")
         raise ArgumentError(f"{name} must lie {limits}; found {value!r}")
+    return float(value)
+
+
+def _recovery(name: str) -> str:
+    if name not in RECOVERIES:
+        raise ArgumentError(f"recoveries must be of {', '.join(RECOVERIES)}; found {name!r}")
+    return name

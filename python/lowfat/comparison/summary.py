@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..bench.timing import markdown as table
 from ..data import label_ids
+from ..measured import markdown as table
 from ..progress import json_digest
 
 TIE = 0.02  # of an accuracy or MRR: smaller differences are called ties
@@ -32,13 +32,15 @@ def summary(found: Mapping) -> list[dict]:
         groups.setdefault(tuple(row[key] for key in _KEY), []).append(row)
     rows = []
     for key, cells in groups.items():
-        scores = [cell["score"] for cell in cells if cell["score"] is not None]
+        scores, kept, seconds = ([cell[name] for cell in cells if cell[name] is not None]
+                                 for name in ("score", "kept", "seconds"))
         rows.append(dict(zip(_KEY, key)) | {
-            "kept": cells[0]["kept"], "seeds": len(cells), "steps": cells[0]["steps"],
+            "kept": max(kept, default=None), "seeds": len(cells), "steps": max(cell["steps"] for cell in cells),
+            "stages_failed": sum(cell["stages_failed"] for cell in cells),
             "mean": mean(scores) if scores else None, "spread": stdev(scores) if len(scores) > 1 else 0.0,
             "lowest": min(scores, default=None), "highest": max(scores, default=None),
             "collapsed": sum(is_collapsed(cell["score"], found["about"]) for cell in cells) / len(cells),
-            "seconds": mean(cell["seconds"] for cell in cells)}
+            "seconds": mean(seconds) if seconds else None}
             | {name: value for name, value in speed[key[1], key[0]].items() if name not in _KEY})
     return rows
 
@@ -68,12 +70,14 @@ def findings(found: Mapping) -> list[str]:
             if len(members) < 2:
                 continue
             members.sort(key=lambda row: -row["mean"])
-            text = members[0][what]
-            for ahead, behind in zip(members, members[1:]):
-                difference = ahead["mean"] - behind["mean"]
-                text += f", {'ties with' if difference < TIE else f'{100 * difference:.1f} points above'} {behind[what]}"
-            lines.append(f"- {_setting(dict(zip(fixed, key)))}: {text}")
+            best = members[0]["mean"]
+            behind = [f"{row[what]} {_behind(best - row['mean'])}" for row in members[1:]]
+            lines.append(f"- {_setting(dict(zip(fixed, key)))}: {members[0][what]} first; {', '.join(behind)}")
     return lines
+
+
+def _behind(difference: float) -> str:
+    return f"{100 * difference:.1f} points lower" + (" (a tie)" if difference < TIE else "")
 
 
 def _setting(values: Mapping) -> str:
@@ -83,7 +87,7 @@ def _setting(values: Mapping) -> str:
 
 COLUMNS = {"ratio": "ratio", "kept": "kept", "method": "method", "recovery": "recovery", "learning_rate": "rate",
            "seeds": "seeds", "mean": "mean", "spread": "spread", "range": "lowest to highest", "collapsed": "collapsed",
-           "seconds": "s", "megabytes": "MB", "one": "faster, 1 text", "many": "32 texts"}
+           "seconds": "s", "megabytes": "MB", "one": "faster, 1 text", "many": "a batch"}
 
 
 def texts(found: Mapping) -> list[dict[str, str]]:
@@ -97,15 +101,15 @@ def texts(found: Mapping) -> list[dict[str, str]]:
     for row in found["summary"]:
         trained = row["learning_rate"] is not None
         shown.append({
-            "ratio": f"{row['ratio']:.0%}", "kept": f"{100 * row['kept']:.1f} %", "method": row["method"],
+            "ratio": f"{row['ratio']:.0%}", "method": row["method"],
+            "kept": "" if row["kept"] is None else f"{100 * row['kept']:.1f} %",
             "recovery": row["recovery"], "learning_rate": f"{row['learning_rate']:g}" if trained else "",
             "seeds": str(row["seeds"]) if trained else "", "mean": score(row["mean"]),
             "spread": score(row["spread"]) if trained else "",
             "range": f"{score(row['lowest'])} to {score(row['highest'])}" if trained else "",
-            "collapsed": f"{row['collapsed']:.0%}", "seconds": f"{row['seconds']:.0f}",
+            "collapsed": f"{row['collapsed']:.0%}", "seconds": "" if row["seconds"] is None else f"{row['seconds']:.0f}",
             "megabytes": f"{row['bytes'] / 1e6:.1f}",
-            "one": f"{row['faster_1'][1]:.2f} x" if "faster_1" in row else "",
-            "many": f"{row['faster_32'][1]:.2f} x" if "faster_32" in row else ""})
+            **{name: f"{row[f'{name}_faster'][1]:.2f} x" if f"{name}_faster" in row else "" for name in ("one", "many")}})
     return shown
 
 
@@ -113,6 +117,8 @@ def markdown(found: Mapping) -> str:
     about = found["about"]
     machine = f"{about.get('gpu') or about['cpu']}, {about['cores']} cores, {about['threads']} thread(s) a cell, " \
               f"{about['jobs']} at a time"
+    timed = next((row for row in found["speed"] if "many_texts" in row), {"many_texts": 0, "threads": about["threads"]})
+    many, threads = timed["many_texts"], timed["threads"]
     unit = "nats a token" if about["score"] == "nats_per_token" else "%"
     base = about["chance"] if unit != "%" else 100 * about["chance"]
     lines = [f"# Comparison: {about['score']} in {unit}", "",
@@ -121,9 +127,11 @@ def markdown(found: Mapping) -> str:
              f"{about['steps']} steps of {about['batch_size']}, {about['max_length']} tokens, ranks {about['policy']}",
              f"- SHA-256: model `{json_digest(about['model'])[:16]}`, train rows `{about['train'][:16]}`, "
              f"test rows `{about['test'][:16]}`",
-             "- kept: parameters of the factorized layers over the dense ones. spread: standard deviation over seeds. "
-             "collapsed: share of seeds that diverged or ended within two standard errors of chance. s: seconds of a cell. "
-             "MB: of all parameters. faster: dense time over compressed time of one batch, median.", "",
+             "- kept: parameters of the factorized layers over the dense ones, the most of any seed: more than the ratio where "
+             "stages failed and stayed dense. spread: standard deviation over seeds. collapsed: share of seeds that diverged or "
+             "ended within two standard errors of chance. s: seconds of a cell that was not interrupted, with whatever else "
+             "the machine did. MB: of all parameters. faster: dense time over compressed time, median, of one text and of "
+             f"{many}, {threads} thread(s).", "",
              table(COLUMNS, texts(found))]
     if said := findings(found):
         lines += [f"Differences of the means, under {100 * TIE:.0f} points called ties:", "", *said, ""]
@@ -139,7 +147,7 @@ def draw(found: Mapping, path: Path) -> None:
     scale = 100 if points else 1
     panels: dict[tuple, dict[str, list[dict]]] = {}
     for row in found["summary"]:
-        if row["method"] != "dense" and row["mean"] is not None:
+        if row["method"] != "dense" and row["mean"] is not None and row["kept"] is not None:
             panel = panels.setdefault((row["recovery"], row["learning_rate"]), {})
             panel.setdefault(row["method"], []).append(row)
     dense = next(row["mean"] for row in found["summary"] if row["method"] == "dense")
@@ -155,6 +163,8 @@ def draw(found: Mapping, path: Path) -> None:
             axes.errorbar([100 * row["kept"] for row in rows], [scale * row["mean"] for row in rows], yerr=[low, high],
                           color=colours[method], marker="o", markersize=4, capsize=3, label=method)
         for height, name in ((dense, "dense"), (found["about"]["chance"], "chance")):
+            if height is None:
+                continue
             axes.axhline(scale * height, color="black", linestyle=":", linewidth=0.8)
             axes.annotate(name, (1, scale * height), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
         axes.set_title(recovery + (f", rate {rate:g}" if rate else ""), fontsize=9)
