@@ -102,6 +102,10 @@ benches() {
   lowfat bench low_rank_swiglu --device cuda --compiled --shapes 4096:14336:1024 --rows 1,8,16 --out "$work/swiglu" || status=1
   lowfat bench low_rank_backward --device cuda --shapes 768:768:96,4096:4096:128 --rows 256,4096 --out "$work/backward" ||
     status=1
+  lowfat bench monarch --device cuda --compiled --blocks 64 --shapes 4096:4096:1 --rows 1,256,4096 \
+    --out "$work/monarch_64" || status=1
+  lowfat bench monarch --device cuda --compiled --blocks 4 --shapes 4096:4096:256,768:768:48 --rows 4096 \
+    --out "$work/monarch_4" || status=1
   timeout 200 "$python" -c 'from lowfat.cli import main; main()' bench low_rank --device cuda --compiled \
     --shapes 4096:4096:512,768:768:192 --rows 1,64 --out "$work/compiled" || status=1
   cp "$work"/{targets,models,compiled}.png "$out" 2> /dev/null

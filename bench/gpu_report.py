@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("nvcc", "g++", "cmake", "ninja")
-RACES = ("targets", "models", "compiled", "group", "swiglu", "backward")
+RACES = ("targets", "models", "compiled", "group", "swiglu", "backward", "monarch_64", "monarch_4")
 TO_TEST = ("pytest", "pytest-timeout", "hypothesis")
 # H200, bf16: (op, k, n, r) -> {m: (microseconds or None, times as fast as the better of pair and compiled pair)}
 TARGETS = {
@@ -28,6 +28,9 @@ TARGETS = {
     ("low_rank_swiglu", 4096, 14336, 1024): {1: (23.5, 1.3)},
     ("low_rank_backward", 768, 768, 96): {4096: (None, 1.15)},
     ("low_rank_backward", 4096, 4096, 128): {4096: (None, 1.15)},
+    ("monarch", 4096, 4096, 1): {1: (3.2, 3), 256: (4.5, 2.5), 4096: (22, 2.5)},  # 64 blocks; the others 4
+    ("monarch", 4096, 4096, 256): {4096: (112, 1.25)},
+    ("monarch", 768, 768, 48): {4096: (6.5, 2)},
 }
 
 
@@ -142,7 +145,7 @@ def table(found: dict) -> str:
 def target_rows(found: dict) -> list[dict]:
     """The measured rows that have a target, met where both its time and its ratio are reached."""
     rows = []
-    for race in filter(None, map(found.get, ("targets", "group", "swiglu", "backward"))):
+    for race in filter(None, (found.get(name) for name in RACES if name not in ("models", "compiled"))):
         op, chains = race["header"]["op"], {key(row): row["faster"] for row in race["chains"]}
         compiled = {key(row): row for row in (found["compiled"] or {"rows": []})["rows"]} if op == "low_rank" else {}
         rows += [judged(op, row, compiled.get(key(row), row), chains.get(key(row))) for row in race["rows"]

@@ -161,6 +161,13 @@ def test_a_target_without_a_time_and_a_race_without_a_chain():
         assert (found["met"], found["target_us"], found["chain"]) == (met, None, None)
 
 
+@pytest.mark.parametrize("name, row", [("monarch_64", {"r": 1}), ("monarch_4", {"r": 256, "m": 4096, "us": 110})])
+def test_monarch_has_targets_by_its_blocks(name, row):
+    race = {"header": {"op": "monarch"}, "rows": [ROW | {"us": 3, "faster": 3.0, "compiled_us": 900} | row], "chains": []}
+    [found] = report().target_rows({name: race, "compiled": None})
+    assert found["met"] and found["target_ratio"] > 1
+
+
 def test_sanitizers_must_find_what_was_planted(tmp_path):
     (tmp_path / "sanitizers.csv").write_text("memcheck,planted write,9\nracecheck,planted race,0\nmemcheck,low_rank, each,0\n"
                                              "racecheck,low_rank,9\nracecheck,low_rank,124\n")
