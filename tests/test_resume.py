@@ -50,6 +50,8 @@ def run_staged(work, **changes):
     return staged(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
 
+pytestmark = pytest.mark.timeout(180)  # each makes several runs, of training among them
+
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged}
 
 
