@@ -248,6 +248,11 @@ def test_findings_call_small_differences_ties():
                                "monarch 10.0 points lower"]
 
 
+def test_findings_do_not_rank_what_is_at_chance():
+    found = made_up({("svd", 0.5): [0.55, 0.5], ("monarch", 0.5): [0.5, 0.5]})
+    assert findings(found) == ["- 50%, finetune, rate 0.0001: every run ended at chance, which tells nothing"]
+
+
 def test_chance():
     one, two = ({"text": "x", "label": label} for label in (0, 1))
     assert chance("classification", [one, one, two], label2id={"a": 0, "b": 1}, vocabulary=9) == 2 / 3

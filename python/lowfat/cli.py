@@ -12,7 +12,6 @@ import torch
 import typer
 
 from .bench.shapes import MODELS
-from .comparison.grid import RECOVERIES
 from .data import read_rows
 from .errors import ArgumentError, LowfatError
 from .methods import METHODS, named
@@ -215,11 +214,9 @@ def compare(
     model: Model, out_folder: Out,
     train: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
     data: Annotated[Path, typer.Option(metavar="TEXTS", help="Judged on these, never trained on.", show_default=False)],
-    methods: Annotated[str, typer.Option(metavar="NAME,...", show_default=False,
-                                         help="As of factorize, or monarch:blocks=8.")] = "svd,block_low_rank,monarch",
+    methods: Annotated[str, typer.Option(metavar="NAME,...", help="Or monarch:blocks=8.")] = "svd,block_low_rank,monarch",
     ratios: Annotated[str, typer.Option(metavar="SHARE,...", help="Parameters kept.")] = "0.5,0.25",
-    recoveries: Annotated[str, typer.Option(metavar="NAME,...", show_default=False, help=f"{', '.join(RECOVERIES)}.")
-                          ] = "none,finetune",
+    recoveries: Annotated[str, typer.Option(metavar="NAME,...", help="Also staged.")] = "none,finetune",
     learning_rates: Annotated[str, typer.Option(metavar="RATE,...", help="Of each training.")] = "1e-4",
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each training.")] = 3,
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 150,

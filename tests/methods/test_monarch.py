@@ -155,3 +155,12 @@ def test_blocks_that_a_layer_cannot_have_are_named(tiny_llama):
         lowfat.plan(tiny_llama, method="monarch", ratio=0.5, arguments={"blocks": 40})
     with pytest.raises(ShapeError, match="found 0"):
         lowfat.plan(tiny_llama, method="monarch", ratio=0.5, arguments={"blocks": 0})
+
+
+@pytest.mark.parametrize("count, events", [(7, ["only 7 calibration rows for 8 inputs"]), (8, [])])
+def test_too_few_calibration_rows_are_said(count, events):
+    x = torch.randn(count, 8)
+    stats = Stats(gram=x.T @ x, rows=count)
+    for grouped in (False, True):
+        _, found = METHODS["monarch"].factorize(torch.randn(8, 8), None, stats, rank=1, blocks=2, fit="outputs", grouped=grouped)
+        assert [event for event in found if "only" in event] == events

@@ -97,7 +97,7 @@ def _make(job: Job, cell: Cell, model, tokenizer, row: dict, on_progress) -> int
     teacher = open_model(job.folder, task=job.task, device=job.device)[0] if job.distill else None
     training = {"tokenizer": tokenizer, "task": job.task, "teacher": teacher, "steps": job.steps,
                 "learning_rate": cell.learning_rate, "batch_size": job.batch_size, "max_length": job.max_length,
-                "autocast": job.autocast, "seed": cell.seed, "out": job.states / f"{cell.name}.model", "overwrite": True,
+                "autocast": job.autocast, "seed": cell.seed, "save_every": max(10, job.steps // 5), "out": job.states / f"{cell.name}.model", "overwrite": True,
                 "on_progress": on_progress}
     if cell.recovery == "finetune":
         report = finetune(model, job.train, **training)

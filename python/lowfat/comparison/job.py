@@ -112,6 +112,7 @@ class _Work:
 
     def __init__(self, job: Job, cells: list[Cell], on_progress):
         self.steps = {cell: _OVERHEAD + (0 if cell.learning_rate is None else job.steps) for cell in cells}
+        self.number = {cell: f"{number} of {len(cells)}" for number, cell in enumerate(cells, 1)}
         self.done: dict[Cell, int] = {}
         self.total = sum(self.steps.values()) + _OVERHEAD * len(untrained(cells))
         self.timed = 0
@@ -119,7 +120,7 @@ class _Work:
 
     def tell(self, cell: Cell, step: int) -> None:
         self.done[cell] = max(step, self.done.get(cell, 0))
-        self._tell(f"{cell.label} {cell.ratio:.0%} {cell.recovery}")
+        self._tell(f"{self.number[cell]}, {cell.label} {cell.ratio:.0%} {cell.recovery}")
 
     def finish(self, cell: Cell) -> None:
         self.tell(cell, self.steps[cell])

@@ -69,6 +69,9 @@ def findings(found: Mapping) -> list[str]:
         for key, members in groups.items():
             if len(members) < 2:
                 continue
+            if all(row["collapsed"] == 1 for row in members):
+                lines.append(f"- {_setting(dict(zip(fixed, key)))}: every run ended at chance, which tells nothing")
+                continue
             members.sort(key=lambda row: -row["mean"])
             best = members[0]["mean"]
             behind = [f"{row[what]} {_behind(best - row['mean'])}" for row in members[1:]]
@@ -107,7 +110,7 @@ def texts(found: Mapping) -> list[dict[str, str]]:
             "seeds": str(row["seeds"]) if trained else "", "mean": score(row["mean"]),
             "spread": score(row["spread"]) if trained else "",
             "range": f"{score(row['lowest'])} to {score(row['highest'])}" if trained else "",
-            "collapsed": f"{row['collapsed']:.0%}", "seconds": "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            "collapsed": "" if row["method"] == "dense" else f"{row['collapsed']:.0%}", "seconds": "" if row["seconds"] is None else f"{row['seconds']:.0f}",
             "megabytes": f"{row['bytes'] / 1e6:.1f}",
             **{name: f"{row[f'{name}_faster'][1]:.2f} x" if f"{name}_faster" in row else "" for name in ("one", "many")}})
     return shown
@@ -162,11 +165,11 @@ def draw(found: Mapping, path: Path) -> None:
             low, high = ([scale * abs(row["mean"] - row[end]) for row in rows] for end in ("lowest", "highest"))
             axes.errorbar([100 * row["kept"] for row in rows], [scale * row["mean"] for row in rows], yerr=[low, high],
                           color=colours[method], marker="o", markersize=4, capsize=3, label=method)
-        for height, name in ((dense, "dense"), (found["about"]["chance"], "chance")):
+        for height, name, side in ((dense, "dense", "bottom"), (found["about"]["chance"], "chance", "top")):
             if height is None:
                 continue
             axes.axhline(scale * height, color="black", linestyle=":", linewidth=0.8)
-            axes.annotate(name, (1, scale * height), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+            axes.annotate(name, (1, scale * height), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va=side)
         axes.set_title(recovery + (f", rate {rate:g}" if rate else ""), fontsize=9)
         axes.set_xlabel("parameters kept, %", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -86,6 +86,8 @@ def _solved(weight: Tensor, bias: Tensor | None, stats: "Stats | None", rank: in
             stats = replace(stats, fisher_out=stats.fisher_out[rows.to(stats.fisher_out.device)])
     pairs, events = {"weights": _by_weights, "outputs": _by_outputs, "fisher": _by_fisher}[fit](
         seen, stats, rank, blocks, interleave)
+    if fit == "outputs" and stats.rows < k:  # what no row shows is anybody's guess, and can be far from the weight
+        events = [*events, f"only {stats.rows} calibration rows for {k} inputs"]
     v, u = from_factors(torch.stack([torch.stack([v for _, v in row]) for row in pairs]),
                         torch.stack([torch.stack([u for u, _ in row]) for row in pairs]))
     return Monarch.of(v, u, bias, in_features=k, out_features=n, interleave=interleave, rows=rows), events
