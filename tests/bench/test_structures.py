@@ -33,12 +33,12 @@ def test_staging(shares, words):
 def test_structures_compares_like_with_like():
     means = {"svd": 0.7, "block_low_rank:blocks=4": 0.6, "monarch:blocks=4": 0.59, "whitened": 0.8,
              "block_low_rank:blocks=4:fit=outputs": 0.8, "monarch:blocks=4:fit=outputs": 0.9}
-    summary = [{"method": method, "ratio": 0.5, "recovery": "none", "learning_rate": None, "mean": mean}
-               for method, mean in means.items()]
+    summary = [{"method": method, "ratio": 0.5, "recovery": recovery, "learning_rate": rate, "mean": mean + more}
+               for method, mean in means.items() for recovery, rate, more in (("none", None, -0.3), ("finetune", 1e-4, 0))]
     lines = structures.structures(summary)
-    assert len(lines) == 6 and "**supported** (50% none +11.0 points)" in lines[0]
-    assert "block-wise low rank is ahead of Monarch: **not supported, ties** (50% none +1.0 points)" in lines[2]
-    assert "nearest outputs: low rank is ahead of Monarch: **contradicted** (50% none -10.0 points)" in lines[3]
+    assert len(lines) == 6 and "**supported** (points, trained: +11.0 at 50%; not trained: +11.0 at 50%)" in lines[0]
+    assert "block-wise low rank is ahead of Monarch: **not supported, ties** (points, trained: +1.0 at 50%" in lines[2]
+    assert "nearest outputs: low rank is ahead of Monarch: **contradicted** (points, trained: -10.0 at 50%" in lines[3]
 
 
 def test_a_method_that_always_diverged_decides_nothing():
