@@ -22,6 +22,8 @@ from lowfat.recovery import finetune
 from test_resume import dense_model, dying, stages_of, where
 from tiny_text import rows, tokenizer
 
+pytestmark = pytest.mark.timeout(180)  # each makes several models, some in several processes
+
 TRAIN, TEST = rows(16), rows(40)[16:]
 
 
@@ -156,7 +158,6 @@ def test_several_processes_find_the_same(work, found, tmp_path):
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] and len({total for _, total in seen}) == 1
 
 
-@pytest.mark.timeout(180)
 def test_killed_with_several_processes(work, tmp_path):
     (tmp_path / "dense").symlink_to(work / "dense")
     options = {"methods": ("whitened", "svd"), "recoveries": ("none", "finetune"), "seeds": 1, "jobs": 2, "steps": 400}
@@ -188,7 +189,6 @@ def test_a_training_that_diverges_is_a_collapsed_run(work, tmp_path):
     assert found["summary"][1]["collapsed"] == 1 and "diverged" in markdown(found)
 
 
-@pytest.mark.timeout(180)
 def test_killed_at_a_stage(work, tmp_path):
     (tmp_path / "dense").symlink_to(work / "dense")
     call = partial(run, tmp_path, methods=("svd",), recoveries=("finetune",))
