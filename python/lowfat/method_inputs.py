@@ -34,11 +34,15 @@ def spread(items: Sequence, most: int) -> list:
     return [items[index * len(items) // most] for index in range(most)] if len(items) > most else list(items)
 
 
+def check_task(needs: frozenset[str], task: str) -> None:
+    if "fisher" in needs and task == "embedding":
+        raise ArgumentError("Fisher information needs a task with a loss, classification or lm; this model makes embeddings")
+
+
 def texts_for(needs: frozenset[str], model, tokenizer, rows: Sequence[Mapping], task: str, *, batch_size: int,
               max_length: int) -> list[dict]:
     """The batches to calibrate on, with labels where the method needs them."""
-    if "fisher" in needs and task == "embedding":
-        raise ArgumentError("Fisher information needs a task with a loss, classification or lm; this model makes embeddings")
+    check_task(needs, task)
     return batches(rows, tokenizer, task, batch_size=batch_size, max_length=max_length,
                    labels="fisher" in needs, label2id=model.config.label2id, device=model.device)
 

@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from ..evaluate import judged
 from ..job import file_digests, open_model
 from ..measured import header
-from ..method_inputs import check_fit, needs_of
+from ..method_inputs import check_fit, check_task, needs_of
 from ..model_inputs import fitting
 from ..recovery.staged import FINAL_SHARE, stages_of, steps_of_a_stage
 from ..strict_json import read_json
@@ -96,8 +96,7 @@ def _check_model(model, tokenizer, job: Job, cells: list[Cell]) -> None:
         judged(rows, tokenizer, job.task, model, max_length=job.max_length)
     for cell in dict.fromkeys(cell.untrained for cell in cells[1:]):
         check_fit(model, method=cell.method, arguments=cell.settings, ratio=cell.ratio, layers=job.layers)
-        if "fisher" in needs_of(cell.method, cell.settings, job.policy) and job.task == "embedding":
-            raise ArgumentError(f"{cell.label} needs a task with a loss, classification or lm; this model makes embeddings")
+        check_task(needs_of(cell.method, cell.settings, job.policy), job.task)
     if any(cell.recovery == "staged" for cell in cells):
         steps_of_a_stage(job.steps, FINAL_SHARE, len(stages_of(model, job.layers, "block")))
 
@@ -150,7 +149,7 @@ def _rows(job: Job, cells: list[Cell], jobs: int, work: _Work) -> list[dict]:
 
 
 def _worked_out(job: Job, cells: list[Cell], jobs: int, tell) -> Iterator[tuple[Cell, dict]]:
-    if jobs == 1:
+    if jobs == 1 or not cells:
         for cell in cells:
             yield cell, run(job, cell, lambda step, *_: tell(cell, step))
         return

@@ -110,7 +110,8 @@ def texts(found: Mapping) -> list[dict[str, str]]:
             "seeds": str(row["seeds"]) if trained else "", "mean": score(row["mean"]),
             "spread": score(row["spread"]) if trained else "",
             "range": f"{score(row['lowest'])} to {score(row['highest'])}" if trained else "",
-            "collapsed": "" if row["method"] == "dense" else f"{row['collapsed']:.0%}", "seconds": "" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            "collapsed": "" if row["method"] == "dense" else f"{row['collapsed']:.0%}",
+            "seconds": "" if row["seconds"] is None else f"{row['seconds']:.0f}",
             "megabytes": f"{row['bytes'] / 1e6:.1f}",
             **{name: f"{row[f'{name}_faster'][1]:.2f} x" if f"{name}_faster" in row else "" for name in ("one", "many")}})
     return shown
@@ -120,7 +121,7 @@ def markdown(found: Mapping) -> str:
     about = found["about"]
     machine = f"{about.get('gpu') or about['cpu']}, {about['cores']} cores, {about['threads']} thread(s) a cell, " \
               f"{about['jobs']} at a time"
-    timed = next((row for row in found["speed"] if "many_texts" in row), {"many_texts": 0, "threads": about["threads"]})
+    timed = next(row for row in found["speed"] if row["method"] != "dense")
     many, threads = timed["many_texts"], timed["threads"]
     unit = "nats a token" if about["score"] == "nats_per_token" else "%"
     base = about["chance"] if unit != "%" else 100 * about["chance"]
