@@ -1,0 +1,143 @@
+"""The ways to call an op, each seen as low_rank(x, v, u, bias), and the errors that each promises."""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lowfat.errors import LowfatError
+from lowfat.ops import low_rank as public_low_rank
+from lowfat.ops import low_rank_group, low_rank_pivoted, low_rank_swiglu, monarch
+
+
+@dataclass
+class Caller:
+    """One way to call an op; `named` where Python is the door and names every mistake, else C++ may say it in its words."""
+    call: Callable[..., Tensor]
+    named: bool
+    words: tuple[str, str] = ("", "")  # what this op says, and what low_rank would
+    has_gradient: bool = True
+    gradient_is_ours: bool = True  # and not torch's own, whose backward follows the autocast that it runs in
+    framework: Callable[..., Tensor] = lambda x, v, u, bias=None: linear(linear(x, v), u, bias)  # torch's own chain
+
+    def __call__(self, *args) -> Tensor:
+        return self.call(*args)
+
+    @contextmanager
+    def refuses(self, error: type[Exception], text: str) -> Iterator[None]:
+        try:
+            yield
+        except error as found:
+            said = str(found).replace("[0]", "").replace("[1]", "").replace(*self.words)  # numbers: a member of a group
+            assert text in said, f"{text!r} not in {found}"
+            assert "low_rank" in said and (not self.named or isinstance(found, LowfatError)), repr(found)
+        except (RuntimeError, TypeError) as found:
+            assert not self.named, f"{error.__name__} was promised, found {found!r}"
+        else:
+            raise AssertionError(f"{error.__name__} was promised, nothing was raised")
+
+
+CALLERS = {
+    "low_rank": Caller(public_low_rank, named=True),
+    "torch.ops.lowfat.low_rank": Caller(torch.ops.lowfat.low_rank, named=False),
+    "torch.ops.lowfat.low_rank_training": Caller(lambda *args: torch.ops.lowfat.low_rank_training(*args)[0], named=False),
+    "torch.ops.lowfat.low_rank_backward": Caller(lambda *args: through_backward(*args), named=False,
+                                                 framework=lambda *args: product_and_bias(*args)),
+    "torch.ops.lowfat.low_rank_backward_into": Caller(lambda *args: through_backward(*args, into=True), named=False,
+                                                      framework=lambda *args: product_and_bias(*args), has_gradient=False),
+    "torch.ops.lowfat.low_rank_epilogue": Caller(lambda *args: through_epilogue(*args), named=False),
+    "low_rank_group": Caller(lambda *args: through_group(low_rank_group, *args), named=True),
+    "torch.ops.lowfat.low_rank_group": Caller(lambda *args: through_group(torch.ops.lowfat.low_rank_group, *args),
+                                              named=False),
+    "low_rank_swiglu": Caller(lambda *args: through_swiglu(low_rank_swiglu, *args), named=True),
+    "torch.ops.lowfat.low_rank_swiglu": Caller(lambda *args: through_swiglu(torch.ops.lowfat.low_rank_swiglu, *args),
+                                               named=False),
+    "low_rank_pivoted": Caller(lambda *args: through_pivoted(low_rank_pivoted, *args), named=False, words=(": c ", ": u "),
+                               framework=lambda *args: product_and_bias(*args), gradient_is_ours=False),
+    "torch.ops.lowfat.low_rank_pivoted": Caller(lambda *args: through_pivoted(torch.ops.lowfat.low_rank_pivoted, *args),
+                                                named=False, words=(": c ", ": u "),
+                                                framework=lambda *args: product_and_bias(*args), gradient_is_ours=False),
+    "monarch": Caller(lambda *args: through_monarch(public_monarch, *args), named=False, words=("monarch", "low_rank")),
+    "torch.ops.lowfat.monarch": Caller(lambda *args: through_monarch(torch.ops.lowfat.monarch, *args), named=False,
+                                       words=("monarch", "low_rank")),
+    "torch.ops.lowfat.monarch_training": Caller(
+        lambda *args: through_monarch(lambda *a: torch.ops.lowfat.monarch_training(*a)[0], *args), named=False,
+        words=("monarch", "low_rank")),
+    "torch.ops.lowfat.monarch_backward": Caller(lambda *args: through_backward(*args, op=monarch_gradients), named=False,
+                                                words=("monarch", "low_rank"),
+                                                framework=lambda *args: product_and_bias(*args)),
+}
+
+
+def product_and_bias(x, v, u, bias=None):
+    """Torch's own chain where the bias is added outside, and rounds once more."""
+    return linear(linear(x, v), u) + (0 if bias is None else bias)
+
+
+def through_epilogue(x, v, u, bias=None):
+    """With a residual of zeros."""
+    has_sizes = isinstance(x, Tensor) and isinstance(u, Tensor) and x.dim() and u.dim()
+    residual = torch.zeros_like(x[..., :1]).expand(*x.shape[:-1], u.shape[0]) if has_sizes and x.shape[-1] else None
+    return torch.ops.lowfat.low_rank_epilogue(x, v, u, bias, "none", residual)
+
+
+def through_group(op, x, v, u, bias=None):
+    """A member of two."""
+    return op(x, [v, v], [u, u], [bias, bias])[0]
+
+
+def through_swiglu(op, x, v, u, bias=None):
+    """With a gate that is 64 everywhere: so is its silu, in every dtype."""
+    gate = (torch.zeros_like(v), torch.zeros_like(u)) if isinstance(v, Tensor) and isinstance(u, Tensor) else (v, u)
+    constant = u.new_full(u.shape[:1], 64) if isinstance(u, Tensor) else None
+    return op(x, [gate[0], v], [gate[1], u], [constant, bias]) / 64
+
+
+def through_pivoted(op, x, v, u, bias=None):
+    """The columns that are no pivots, u being c."""
+    if not isinstance(v, Tensor) or not isinstance(u, Tensor) or not v.dim() or not u.dim():
+        return op(x, v, u, torch.arange(2), bias)
+    r, n = v.shape[0], v.shape[0] + u.shape[0]
+    pivots = torch.arange(r, device=v.device) * n // max(r, 1)
+    rest = torch.tensor(sorted({*range(n)} - {i * n // r for i in range(r)}), dtype=torch.int64, device=v.device)
+    if isinstance(bias, Tensor):
+        bias = bias.new_zeros(n).scatter(0, rest.to(bias.device), bias)
+    return op(x, v, u, pivots, bias).index_select(-1, rest)
+
+
+def through_monarch(op, x, v, u, bias=None):
+    """One block, which is all of the matrix."""
+    if not isinstance(v, Tensor) or not isinstance(u, Tensor) or not u.dim():
+        return op(x, v, u, bias, 1, True)
+    return op(x, v[None], u[None], bias, u.shape[0], True)
+
+
+def public_monarch(x, v, u, bias, n, interleave):
+    return monarch(x, v, u, bias, out_features=n, interleave=interleave)
+
+
+def monarch_gradients(dy, x, h, v, u, needs):
+    """Those of one block."""
+    return torch.ops.lowfat.monarch_backward(dy, x, h, v[None], u[None], needs, dy.shape[-1] if dy.dim() else 1, True)
+
+
+def through_backward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, into: bool = False,
+                     op: Callable = torch.ops.lowfat.low_rank_backward) -> Tensor:
+    """The backward op seen as a forward: the gradient of x for u -> v^T, v -> u^T is x v^T u^T."""
+    for name, t in (("x", x), ("v", v), ("u", u)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is no tensor")
+    y = x.new_zeros((*x.shape[:-1], u.shape[0])) if x.dim() else x  # only its shape matters
+    given = (x, y, None, u.mT if u.dim() == 2 else u, v.mT if v.dim() == 2 else v)
+    if into:
+        with torch.no_grad():
+            dx = torch.ops.lowfat.low_rank_backward_into(*given, None, None, None, True)
+    else:
+        dx, *_ = op(*given, 1)
+    return dx if bias is None else dx + bias
+
+
+def framework(x, v, u, bias=None):
+    return linear(linear(x, v), u, bias)
