@@ -13,10 +13,8 @@ from ..errors import ArgumentError
 from ..evaluate import evaluate
 from ..factorize import Report
 from ..layers import factorizable
-from ..method_inputs import check_fit, needs_of, spread, stats_for, texts_for
-from ..model_inputs import fitting
-from ..plan import plan
-from ..progress import tensors_digest
+from ..method_inputs import spread
+from .making import Making
 from .staged_run import StagedRun, StageReport
 from .training import TrainReport, check_numbers, in_order, prepared, ready, run_into
 
@@ -56,36 +54,29 @@ def staged(model, train: Sequence[Mapping], *, tokenizer, task: str | None = Non
     nothing has, where that is more) or not finite is undone and repeated with twice the steps, taken from those at the end,
     at half the rate. When that fails too the stage is marked; the factors stay if the loss is finite, else the layers stay
     dense. The other arguments, out and on_progress are those of finetune(). ArgumentError before any work."""
-    started, arguments = time.monotonic(), dict(arguments or {})
+    started = time.monotonic()
     _check(by, order, steps, final_share, guard)
     check_numbers(alpha, {"batch_size": batch_size, "save_every": save_every, "calibration_rows": calibration_rows},
                   learning_rate=learning_rate, temperature=temperature)
-    needs = needs_of(method, arguments, policy)
-    check_fit(model, method=method, arguments=arguments, ratio=ratio, layers=layers)
+    making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
     stages = stages_of(model, layers, by)
     each = steps_of_a_stage(steps, final_share, len(stages))
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
                                temperature=temperature, alpha=alpha, autocast=autocast)
-    texts = needs and texts_for(needs, model, tokenizer, spread(train, calibration_rows), objective.task,
-                                batch_size=batch_size, max_length=fitting(max_length, model))
+    making.read(train, tokenizer, objective.task, rows=calibration_rows, batch_size=batch_size, max_length=max_length)
     sample = [padded(part, tokenizer) for part in slices(spread(data, _SAMPLE), batch_size)]
-    planned = {"method": method, "ratio": ratio, "policy": policy, "arguments": arguments, "layers": layers}
-    options = planned | {
+    options = making.options() | {
         "task": objective.task, "by": by, "order": order, "steps": steps, "final_share": final_share, "guard": guard,
         "learning_rate": learning_rate, "batch_size": batch_size, "temperature": temperature, "alpha": alpha,
-        "autocast": objective.autocast, "seed": seed,
-        "calibration": [tensors_digest(batch.items()) for batch in texts] if texts else None}
-
-    def stats(names):
-        return stats_for(needs, arguments, model, tokenizer, texts, objective.task, layers=names) if texts else None
+        "autocast": objective.autocast, "seed": seed}
 
     def run(states):
-        found = StagedRun(objective, in_order(data, steps * batch_size, seed), sample, stages, stats, states, on_progress,
-                          tokenizer=tokenizer, steps=steps, each=each, learning_rate=learning_rate, guard=guard,
+        found = StagedRun(objective, in_order(data, steps * batch_size, seed), sample, stages, making.stats, states,
+                          on_progress, tokenizer=tokenizer, steps=steps, each=each, learning_rate=learning_rate, guard=guard,
                           batch_size=batch_size, seed=seed, save_every=save_every)
         with ready(objective, tokenizer, fp32=steps > 0):
-            found.run(lambda: plan(model, stats=stats(layers), **planned), order)
+            found.run(lambda: making.plan(making.stats(layers)), order)
         return found
 
     found = run_into(out, run, objective, tokenizer, data, options, overwrite)
