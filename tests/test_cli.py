@@ -18,7 +18,7 @@ from lowfat import show
 from lowfat.cli import app, main
 from lowfat.errors import ArgumentError
 
-COMMANDS = ("demo", "factorize", "finetune", "staged", "compare", "evaluate", "inspect", "bench", "doctor")
+COMMANDS = ("demo", "factorize", "finetune", "staged", "straight-through", "compare", "evaluate", "inspect", "bench", "doctor")
 STAGE = re.compile(r"(\w+): \d+ s")  # a line of progress where stderr is no terminal
 MAIN = [sys.executable, "-c", f"from {main.__module__} import main; main()"]
 
@@ -176,6 +176,8 @@ def test_a_mistake_is_one_line(work, places, mistake):
     ("staged {dense} out --train {texts} --by head", "by is 'head'; needs one of block, matrix"),
     ("staged {dense} out --train {texts} --method fwsvd --set side=up", "side must be one of"),
     ("staged {dense} full --train {texts}", "exists already"),
+    ("straight-through {dense} out --train {texts} --steps 1 --freeze 0.6", "steps is 1; freeze 0.6 leaves none"),
+    ("straight-through {dense} out --train {texts} --fade 2", "fade is 2.0; needs 0 to 1"),
     ("inspect {empty}", "not a model"),
     ("inspect {dense} --layers nothing", "'nothing' matches no linear layer"),
     ("inspect {dense} --plot none/spectra.png", "the folder none does not exist"),
@@ -251,6 +253,10 @@ def test_the_whole_route(work, dense, texts):
                        "--steps", "8", "--batch-size", "4", "--final-share", "0.25", "--order", "sensitivity").stdout
     assert re.search(r"bert.encoder.layer +\nstage +steps +loss before +after *\n[01] +3 +0\.\d{3} +0\.\d{3}", by_stages)
     assert "8 steps on cpu" in by_stages and "accuracy" in by_stages and "parameters kept in these layers (4" in by_stages
+    learned = lowfat("straight-through", dense, "learned", "--train", texts, "--validation", texts, "--steps", "5",
+                     "--every", "2", "--batch-size", "4").stdout
+    assert re.search(r"factors made anew 2 times: \d+\.\d % from the dense weights at step 2, \d+\.\d % at step 4", learned)
+    assert "5 steps on cpu" in learned and "accuracy" in learned and "parameters kept in these layers (4" in learned
     assert json.loads(lowfat("evaluate", "by-stages", "--data", texts, "--json").stdout)["rows"] == 24
     assert json.loads(lowfat("evaluate", "better", "--data", texts, "--json").stdout)["rows"] == 24
     assert re.search(r"accuracy +[01]\.\d{4}", lowfat("evaluate", "better", "--data", texts, "--dtype", "bfloat16").stdout)
@@ -261,6 +267,7 @@ def test_the_whole_route(work, dense, texts):
     ("factorize {dense} out --calibrate {texts}", ["opening", "calibrate", "factorize"]),
     ("finetune {dense} out --train {texts} --steps 3", ["opening", "training"]),
     ("staged {dense} out --train {texts} --steps 4", ["opening", "training"]),
+    ("straight-through {dense} out --train {texts} --steps 4", ["opening", "training"]),
     ("evaluate {dense} --data {texts} --batch-size 2", ["opening", "accuracy"]),
     ("inspect {dense}", ["opening", "spectra"])])
 def test_one_line_for_each_stage(work, dense, texts, command, stages):

@@ -73,7 +73,7 @@ MISTAKES = {
     "ratios must lie above 0 and below 1": {"ratios": [0.5, 1.0]},
     "parameters are too few; rank 1 everywhere": {"methods": ["svd", "monarch:blocks=8"], "ratios": [0.2]},
     "learning_rates must lie above 0; found nan": {"learning_rates": [math.nan]},
-    "recoveries must be of none, finetune, staged": {"recoveries": ["sleep"]},
+    "recoveries must be of none, finetune, staged, straight_through": {"recoveries": ["sleep"]},
     "seeds is 0": {"seeds": 0},
     "steps is 0": {"steps": 0},
     "2 stages, and 0.5 of the steps after them, need 4": {"steps": 2, "recoveries": ["staged"]},
@@ -122,12 +122,13 @@ def test_cells_are_what_the_library_makes(work, found):
         assert made[label, "finetune", 1]["numbers"] == judge(model) and made[label, "finetune", 1]["steps"] == 4
 
 
-def test_staged_spends_as_many_steps(work, tmp_path):
-    made = run(work, out=tmp_path / "out", methods=("svd", "monarch:blocks=2"), recoveries=("staged",), seeds=1)["cells"]
+@pytest.mark.parametrize("recovery", ["staged", "straight_through"])
+def test_what_factorizes_itself_spends_as_many_steps(work, tmp_path, recovery):
+    made = run(work, out=tmp_path / "out", methods=("svd", "monarch:blocks=2"), recoveries=(recovery,), seeds=1)["cells"]
     assert [cell["steps"] for cell in made] == [0, 4, 4] and made[1]["kept"] <= 0.5 and not made[1]["failed"]
     model = open_model(work / "dense")[0]
-    report = lowfat.staged(model, TRAIN, tokenizer=tokenizer(), method="monarch", arguments={"blocks": 2}, ratio=0.5, steps=4,
-                           learning_rate=1e-3, batch_size=4, max_length=12, autocast=False)
+    report = getattr(lowfat, recovery)(model, TRAIN, tokenizer=tokenizer(), method="monarch", arguments={"blocks": 2},
+                                       ratio=0.5, steps=4, learning_rate=1e-3, batch_size=4, max_length=12, autocast=False)
     assert made[2]["numbers"] == lowfat.evaluate(model, TEST, tokenizer(), max_length=12)
     assert made[2]["kept"] == report.factorized.ratio
 

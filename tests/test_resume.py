@@ -18,7 +18,7 @@ import torch
 
 from lowfat import job, storage
 from lowfat.errors import ArgumentError, IntegrityError
-from lowfat.recovery import finetune, staged
+from lowfat.recovery import finetune, staged, straight_through
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -50,9 +50,18 @@ def run_staged(work, **changes):
     return staged(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
 
+def run_straight_through(work, **changes):
+    """Five steps that choose new factors after the third and the fifth, and three of the factors alone."""
+    options = {"steps": 8, "every": 3, "freeze": 0.4, "batch_size": 4, "max_length": 12, "save_every": 2,
+               "method": "whitened", "calibration_rows": 8, "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return straight_through(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
+
 pytestmark = pytest.mark.timeout(180)  # each makes several runs, of training among them
 
-JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged}
+JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
+        "straight_through": run_straight_through}
 
 
 def child(call):
@@ -140,8 +149,8 @@ def where(stages, name):
 POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5", "S6", "saved", "progress removal"],
           "finetune": ["step 1", "step 3", "S2", "S6", "step 6", "last S3", "last S6", "progress removal"],
           # the first stage has the steps 1 and 2, and 3 to 6 when it was undone; the second 7 and 8, and 9 to 12
-          "staged": ["ordered", "S6", "step 3", "stage 1", "step 10", "renamed", "last S6", "progress removal"]}
-
+          "staged": ["ordered", "S6", "step 3", "stage 1", "step 10", "renamed", "last S6", "progress removal"],
+          "straight_through": ["step 1", "step 3", "S6", "step 4", "step 7", "last S6", "progress removal"]}
 
 
 @pytest.mark.timeout(300)
@@ -187,14 +196,14 @@ def test_killed_while_deleting(tmp_path, name, number):
 @pytest.mark.parametrize("name", JOBS)
 def test_killed_again_and_again(tmp_path, name):
     """Twelve stages an attempt: more than saving a training state takes, fewer than the job, which still gets done. (Thirty
-    of staged, which has five times as many.)"""
+    of what has several times as many.)"""
     dense_model(tmp_path / "dense")
     run = partial(JOBS[name], tmp_path)
     assert forked(run) == 0
     expected = result(tmp_path)
     shutil.rmtree(tmp_path / "out")
     for attempt in range(10):
-        if (code := dying(30 if name == "staged" else 12, run)) == 0:
+        if (code := dying(30 if name in ("staged", "straight_through") else 12, run)) == 0:
             break
         assert code == -signal.SIGKILL
     assert code == 0 and attempt > 0
@@ -207,7 +216,8 @@ def test_overwrite_survives_a_kill_between_the_renames(tmp_path, name):
     dense_model(tmp_path / "dense")
     run = partial(JOBS[name], tmp_path, overwrite=True)
     assert forked(run) == 0
-    expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}, "staged": {"seed": 4}}[name]
+    expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}, "staged": {"seed": 4},
+                                             "straight_through": {"seed": 4}}[name]
     assert forked(partial(run, **other)) == 0
     old = result(tmp_path)
     assert old != expected
@@ -230,6 +240,9 @@ CHANGES = {
     "staged": {"options.guard": {"guard": 2.0}, "options.seed": {"seed": 4}, "options.order": {"order": "forward"},
                "options.final_share": {"final_share": 0.6}, "options.calibration": {"calibration_rows": 7},
                "options.ratio": {"ratio": 0.4}, "data": {"rows": rows(9)}, "options.method": {"method": "svd"}},
+    "straight_through": {"options.every": {"every": 2}, "options.fade": {"fade": 0.3}, "options.freeze": {"freeze": 0.2},
+                         "options.pull": {"pull": 0.0}, "options.shadow_rate": {"shadow_rate": 1e-5},
+                         "options.calibration": {"calibration_rows": 7}, "data": {"rows": rows(9)}},
 }
 
 

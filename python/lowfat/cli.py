@@ -12,15 +12,15 @@ import torch
 import typer
 
 from .bench.shapes import MODELS
+from .cli_training import finetune, staged, straight_through
 from .data import read_rows
 from .errors import ArgumentError, LowfatError
 from .methods import METHODS, named
-from .options import (BatchSize, Device, Dtype, Json, Layers, MaxLength, Model, Out, Overwrite, Samples, Seed, Task, check_file,
+from .options import (BatchSize, Device, Dtype, Json, Layers, MaxLength, Model, Out, Overwrite, Samples, Task, check_file,
                       device_of, dtype_of, first, listed, model_folder, numbers)
 from .plan import POLICIES
-from .recovery.staged import FINAL_SHARE
 from .show import (bar, print_json, show_bench, show_comparison, show_demo, show_doctor, show_numbers, show_report,
-                   show_spectra, show_staged, show_training)
+                   show_spectra)
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy inside newer typers
 
@@ -109,82 +109,10 @@ def factorize(
     print_json(report.to_json()) if as_json else show_report(report, out_folder)
 
 
-@app.command(short_help="Train a model on labels or on its dense teacher.")
-def finetune(
-    model: Model, out_folder: Out,
-    train: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
-    validation: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Judged after the last step.")] = None,
-    teacher: Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 300,
-    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after a tenth of them.")] = 1e-4,
-    task: Task = None, max_length: MaxLength = None, batch_size: BatchSize = 32, seed: Seed = 0,
-    save_every: Annotated[int, typer.Option(metavar="STEPS", help="Keep the training state this often.")] = 100,
-    device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
-) -> None:
-    """Trains MODEL, a folder or hub name, and writes it to the folder OUT. Killed, the same command continues.
-
-    \b
-    Example:  lowfat finetune half better --teacher all-MiniLM-L6-v2 \\
-                  --train lowfat-demo/texts.jsonl --steps 60
-    """
-    from .job import open_model
-    from .recovery import finetune as strategy
-
-    where, rows, judged = device_of(device), read_rows(train), validation and read_rows(validation)
-    with bar("opening") as tell:
-        student, tokenizer = open_model(model_folder(model), task=task, device=where)
-        followed, its_tokenizer = open_model(model_folder(teacher), task=task, device=where) if teacher else (None, None)
-        report = strategy(student, rows, tokenizer=tokenizer, task=task, teacher=followed, teacher_tokenizer=its_tokenizer,
-                          validation=judged, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
-                          max_length=max_length, seed=seed, save_every=save_every,
-                          out=out_folder, overwrite=overwrite, on_progress=partial(tell, stage="training"))
-    print_json(report.to_json()) if as_json else show_training(report, out_folder)
-
-
-@app.command(short_help="Factorize block by block, training in between.")
-def staged(
-    model: Model, out_folder: Out,
-    train: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
-    teacher: Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.", show_default=False)] = "svd",
-    ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
-    policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.", show_default=False)] = "per_matrix",
-    arguments: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE",
-                                                           help="Of the method: blocks=8.")] = None,
-    order: Annotated[str, typer.Option(metavar="NAME", help="backward, forward, sensitivity.")] = "backward",
-    steps: Annotated[int, typer.Option(metavar="N", help="Of all stages and after them.")] = 300,
-    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of each stage.")] = 1e-4,
-    batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
-    by: Annotated[str, typer.Option(hidden=True)] = "block",
-    final_share: Annotated[float, typer.Option(hidden=True)] = FINAL_SHARE,
-    layers: Annotated[Optional[list[str]], typer.Option(hidden=True)] = None,
-    validation: Annotated[Optional[Path], typer.Option(hidden=True)] = None,
-    task: Annotated[Optional[str], typer.Option(hidden=True)] = None,
-    max_length: Annotated[Optional[int], typer.Option(hidden=True)] = None,
-    seed: Annotated[int, typer.Option(hidden=True)] = 0,
-    save_every: Annotated[int, typer.Option(hidden=True)] = 100,
-) -> None:
-    """Factorizes MODEL block by block, trains in between, and writes it to OUT. Killed, the same command continues. Also:
-    --layers, --by matrix, --final-share, --task, --validation, --max-length, --seed, --save-every.
-
-    \b
-    Example:  lowfat staged all-MiniLM-L6-v2 by-stages --steps 60 \\
-                  --teacher all-MiniLM-L6-v2 --train lowfat-demo/texts.jsonl
-    """
-    from .job import open_model
-    from .recovery import staged as strategy
-
-    where, rows, judged = device_of(device), read_rows(train), validation and read_rows(validation)
-    with bar("opening") as tell:
-        student, tokenizer = open_model(model_folder(model), task=task, device=where)
-        followed, its_tokenizer = open_model(model_folder(teacher), task=task, device=where) if teacher else (None, None)
-        report = strategy(student, rows, tokenizer=tokenizer, task=task, method=method, ratio=ratio, policy=policy,
-                          arguments=named("--set", arguments or []), layers=layers or None, by=by, order=order, steps=steps,
-                          final_share=final_share, learning_rate=learning_rate, batch_size=batch_size,
-                          max_length=max_length, teacher=followed, teacher_tokenizer=its_tokenizer, seed=seed,
-                          validation=judged, out=out_folder, overwrite=overwrite, save_every=save_every,
-                          on_progress=partial(tell, stage="training"))
-    print_json(report.to_json()) if as_json else show_staged(report, out_folder)
+for strategy, what in ((finetune, "Train a model on labels or on its dense teacher."),
+                       (staged, "Factorize block by block, training in between."),
+                       (straight_through, "Learn which factors to use.")):
+    app.command(short_help=what)(strategy)
 
 
 @app.command(short_help="Accuracy, perplexity, or how often text_b is found.")
@@ -216,7 +144,7 @@ def compare(
     data: Annotated[Path, typer.Option(metavar="TEXTS", help="Judged on these, never trained on.", show_default=False)],
     methods: Annotated[str, typer.Option(metavar="NAME,...", help="Or monarch:blocks=8.")] = "svd,block_low_rank,monarch",
     ratios: Annotated[str, typer.Option(metavar="SHARE,...", help="Parameters kept.")] = "0.5,0.25",
-    recoveries: Annotated[str, typer.Option(metavar="NAME,...", help="Also staged.")] = "none,finetune",
+    recoveries: Annotated[str, typer.Option(metavar="NAME,...", help="Trainings.")] = "none,finetune",
     learning_rates: Annotated[str, typer.Option(metavar="RATE,...", help="Of each training.")] = "1e-4",
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each training.")] = 3,
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 150,
@@ -224,8 +152,8 @@ def compare(
     distill: Annotated[bool, typer.Option("--distill", help="Train towards MODEL's outputs.")] = False,
     task: Task = None, max_length: MaxLength = None, device: Device = "auto", overwrite: Overwrite = False,
 ) -> None:
-    """Makes MODEL smaller by every method at every ratio, trains each in every way, judges all on the same texts: a table, a
-    picture and JSON in the folder OUT. Killed, the same command continues.
+    """Makes MODEL smaller by every method at every ratio, trains each (none, finetune, staged, straight_through), judges all
+    on the same texts: table, picture and JSON in the folder OUT. Killed, the same command continues.
 
     \b
     Example:  lowfat compare all-MiniLM-L6-v2 table --seeds 1 --steps 20 \\

@@ -150,10 +150,21 @@ def show_staged(report, folder: Path) -> None:
     for stage in report.stages:
         if stage.failed:
             out.print(f"{stage.name}: {stage.reason}", soft_wrap=True)
-    found = report.factorized
+    _show_kept(report.factorized)
+    show_training(report, folder)
+
+
+def show_straight_through(report, folder: Path) -> None:
+    first, last = report.refactorized[0], report.refactorized[-1]
+    out.print(f"factors made anew {counted(len(report.refactorized), 'time')}: {percent(first['error'])} from the dense "
+              f"weights at step {first['step']}, {percent(last['error'])} at step {last['step']}", soft_wrap=True)
+    _show_kept(report.factorized)
+    show_training(report, folder)
+
+
+def _show_kept(found) -> None:
     out.print(f"{millions(found.parameters)} of {millions(found.dense_parameters)} parameters kept in these layers "
               f"({percent(found.ratio)})", soft_wrap=True)
-    show_training(report, folder)
 
 
 def show_numbers(found: dict) -> None:

@@ -11,7 +11,7 @@ from ..factorize import factorize
 from ..job import open_model
 from ..method_inputs import needs_of, spread, stats_for, texts_for
 from ..plan import plan
-from ..recovery import finetune, staged
+from ..recovery import finetune, staged, straight_through
 from .grid import Cell
 
 SCORES = {"classification": "accuracy", "embedding": "mrr", "lm": "nats_per_token"}  # the last: less is better
@@ -90,7 +90,7 @@ def _factorized(job: Job, cell: Cell, model, tokenizer) -> float:
 
 def _make(job: Job, cell: Cell, model, tokenizer, row: dict, on_progress) -> int:
     """Fills the row in as far as it gets; the step that an earlier call had reached."""
-    if cell.recovery != "staged":
+    if cell.recovery in ("none", "finetune"):  # the others factorize themselves
         row["kept"] = _factorized(job, cell, model, tokenizer)
     if cell.recovery == "none":
         return 0
@@ -102,8 +102,11 @@ def _make(job: Job, cell: Cell, model, tokenizer, row: dict, on_progress) -> int
     if cell.recovery == "finetune":
         report = finetune(model, job.train, **training)
     else:
-        report = staged(model, job.train, method=cell.method, ratio=cell.ratio, policy=job.policy, layers=job.layers,
-                        arguments=cell.settings, calibration_rows=job.calibration_rows, **training)
-        row |= {"kept": report.factorized.ratio, "stages_failed": sum(stage.failed for stage in report.stages)}
+        strategy = {"staged": staged, "straight_through": straight_through}[cell.recovery]
+        report = strategy(model, job.train, method=cell.method, ratio=cell.ratio, policy=job.policy, layers=job.layers,
+                          arguments=cell.settings, calibration_rows=job.calibration_rows, **training)
+        row["kept"] = report.factorized.ratio
+    if cell.recovery == "staged":
+        row["stages_failed"] = sum(stage.failed for stage in report.stages)
     row["steps"] = report.steps
     return report.resumed_from

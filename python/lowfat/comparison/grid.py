@@ -7,7 +7,7 @@ from math import inf, isfinite
 from ..errors import ArgumentError
 from ..methods import check_arguments, named
 
-RECOVERIES = ("none", "finetune", "staged")
+RECOVERIES = ("none", "finetune", "staged", "straight_through")
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
     """Every method at every ratio with every recovery, learning rate and seed, at equal parameters and equal steps: trained
     on the rows of train, judged on those of test. Writes compare.json, compare.md and compare.png to `out`.
 
-    methods: names, with arguments as monarch:blocks=8. recoveries: none, finetune, staged. seeds: how many, from 0 on: of
-    the order of texts, and dropout. distill: train towards the dense model's outputs (embeddings always do). jobs: cells
-    at a time, each in a process with its share of the threads. What is finished is kept beside `out` until all is: the same
-    call goes on after a kill, and may ask for more or less of the grid. Returns what compare.json holds.
+    methods: names, with arguments as monarch:blocks=8. recoveries: none, finetune, staged, straight_through. seeds: how
+    many, from 0 on: of the order of texts, and dropout. distill: train towards the dense model's outputs (embeddings always
+    do). jobs: cells at a time, each in a process with its share of the threads. What is finished is kept beside `out` until
+    all is: the same call goes on after a kill, and may ask for more or less of the grid. Returns what compare.json holds.
     Raises ArgumentError before any work for everything that can be known by then."""
     cells = grid(methods, ratios, recoveries, learning_rates, seeds)
     folder, out, device = Path(folder), Path(out), torch.device(device)

@@ -153,11 +153,13 @@ def ready(objective: Objective, tokenizer, *, fp32: bool = True) -> Iterator[Non
 
 
 def train_phase(objective: Objective, order: list[dict], tokenizer, phase: Phase, *, batch_size: int, seed: int,
-                states: Path | None, save_every: int, on_progress, moments: dict | None = None):
+                states: Path | None, save_every: int, on_progress, moments: dict | None = None,
+                rates: Mapping[str, float] | None = None, callbacks: Sequence = ()):
     """(the Trainer's state after the last step, the optimizer's moments by parameter name).
 
     order: the examples of the whole run. moments: those that an earlier phase left; a parameter they do not name starts
-    without. The state's resumed_from is the step where this call began."""
+    without. rates: of parameters with such a last name, in the place of the phase's. callbacks: transformers', which come
+    before a state is saved. The state's resumed_from is the step where this call began."""
     from transformers import TrainingArguments
 
     from .training_state import ProgressCallback, ResumableTrainer, moments_of, newest_state
@@ -173,8 +175,8 @@ def train_phase(objective: Objective, order: list[dict], tokenizer, phase: Phase
         remove_unused_columns=False, report_to="none")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the model stays on its device
     first = phase.start * batch_size
-    trainer = ResumableTrainer(objective, arguments, states=states, start=phase.start, moments=moments,
-                               callbacks=[ProgressCallback(on_progress, phase)],
+    trainer = ResumableTrainer(objective, arguments, states=states, start=phase.start, moments=moments, rates=rates or {},
+                               callbacks=[*callbacks, ProgressCallback(on_progress, phase)],
                                train_dataset=order[first:first + phase.steps * batch_size],
                                data_collator=lambda part: padded(part, tokenizer))
     newest = states and newest_state(states)

@@ -25,18 +25,32 @@ TENSORS, STATE, TRAINER = "state.safetensors", "state.json", "trainer_state.json
 class ResumableTrainer(Trainer):
     """states: the folder that gets one subfolder per saved step, of which the newest complete one stays.
 
-    start: steps of the run before this phase of it. moments: what moments_of() said at their end."""
+    start: steps of the run before this phase of it. moments: what moments_of() said at their end. rates: learning rates of
+    parameters by their last name."""
 
-    def __init__(self, *args, states: Path | None, start: int, moments: dict[str, torch.Tensor] | None, **kwargs):
+    def __init__(self, *args, states: Path | None, start: int, moments: dict[str, torch.Tensor] | None,
+                 rates: dict[str, float], **kwargs):
         super().__init__(*args, **kwargs)
-        self.states, self.start, self.moments = states, start, moments
+        self.states, self.start, self.moments, self.rates = states, start, moments, rates
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.rates:
+            self._split_by_rate(optimizer)
         if self.moments:
             restore_optimizer(self.model, optimizer, self.moments, optimizer.state_dict()["param_groups"])
         return optimizer
+
+    def _split_by_rate(self, optimizer):
+        rate_of = {id(parameter): self.rates.get(name.rpartition(".")[2])
+                   for name, parameter in self.model.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for rate in (None, *dict.fromkeys(self.rates.values())):
+                if part := [parameter for parameter in group["params"] if rate_of[id(parameter)] == rate]:
+                    groups.append(group | {"params": part, "lr": group["lr"] if rate is None else rate})
+        optimizer.param_groups = groups
 
     def log(self, logs, start_time=None):
         loss, step = logs.get("loss"), self.start + self.state.global_step
@@ -91,7 +105,7 @@ class ProgressCallback(TrainerCallback):
         step = self.phase.start + state.global_step
         storage.stage(f"step {step}")
         if self.on_progress:
-            loss = f", loss {state.log_history[-1]['loss']:.3f}" if state.log_history else ""
+            loss = next((f", loss {entry['loss']:.3f}" for entry in reversed(state.log_history) if "loss" in entry), "")
             self.on_progress(step, self.phase.total, f"{self.phase.what}{loss}")
 
 

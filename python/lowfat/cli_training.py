@@ -1,0 +1,128 @@
+"""The commands that train: what they read from the command line, and the strategy of recovery/ that each of them runs."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .data import read_rows
+from .methods import METHODS, named
+from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
+from .plan import POLICIES
+from .recovery.staged import FINAL_SHARE
+from .show import bar, print_json, show_staged, show_straight_through, show_training
+
+Train = Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)]
+Teacher = Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")]
+Method = Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.", show_default=False)]
+Ratio = Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")]
+Policy = Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.", show_default=False)]
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="Of the method: blocks=8.")]
+# hidden: named in one line of the help, so that it fits on a screen
+HiddenLayers = Annotated[Optional[list[str]], typer.Option("--layers", hidden=True)]
+HiddenTexts = Annotated[Optional[Path], typer.Option("--validation", hidden=True)]
+HiddenTask = Annotated[Optional[str], typer.Option("--task", hidden=True)]
+HiddenLength = Annotated[Optional[int], typer.Option("--max-length", hidden=True)]
+HiddenSeed = Annotated[int, typer.Option("--seed", hidden=True)]
+HiddenEvery = Annotated[int, typer.Option("--save-every", hidden=True)]
+
+
+def finetune(
+    model: Model, out_folder: Out, train: Train,
+    validation: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Judged after the last step.")] = None,
+    teacher: Teacher = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 300,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after a tenth of them.")] = 1e-4,
+    task: Task = None, max_length: MaxLength = None, batch_size: BatchSize = 32, seed: Seed = 0,
+    save_every: Annotated[int, typer.Option(metavar="STEPS", help="Keep the training state this often.")] = 100,
+    device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+) -> None:
+    """Trains MODEL, a folder or hub name, and writes it to the folder OUT. Killed, the same command continues.
+
+    \b
+    Example:  lowfat finetune half better --teacher all-MiniLM-L6-v2 \\
+                  --train lowfat-demo/texts.jsonl --steps 60
+    """
+    from .recovery import finetune as strategy
+
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
+                  steps=steps, learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed,
+                  save_every=save_every, overwrite=overwrite)
+    print_json(report.to_json()) if as_json else show_training(report, out_folder)
+
+
+def staged(
+    model: Model, out_folder: Out, train: Train, teacher: Teacher = None, method: Method = "svd", ratio: Ratio = 0.5,
+    policy: Policy = "per_matrix", arguments: Set = None,
+    order: Annotated[str, typer.Option(metavar="NAME", help="backward, forward, sensitivity.")] = "backward",
+    steps: Annotated[int, typer.Option(metavar="N", help="Of all stages and after them.")] = 300,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of each stage.")] = 1e-4,
+    batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+    by: Annotated[str, typer.Option(hidden=True)] = "block",
+    final_share: Annotated[float, typer.Option(hidden=True)] = FINAL_SHARE,
+    layers: HiddenLayers = None, validation: HiddenTexts = None, task: HiddenTask = None, max_length: HiddenLength = None,
+    seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
+) -> None:
+    """Factorizes MODEL block by block, trains in between, and writes it to OUT. Killed, the same command continues. Also:
+    --layers, --by matrix, --final-share, --task, --validation, --max-length, --seed, --save-every.
+
+    \b
+    Example:  lowfat staged all-MiniLM-L6-v2 by-stages --steps 60 \\
+                  --teacher all-MiniLM-L6-v2 --train lowfat-demo/texts.jsonl
+    """
+    from .recovery import staged as strategy
+
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
+                  method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
+                  layers=layers or None, by=by, order=order, steps=steps, final_share=final_share, learning_rate=learning_rate,
+                  batch_size=batch_size, max_length=max_length, seed=seed, save_every=save_every, overwrite=overwrite)
+    print_json(report.to_json()) if as_json else show_staged(report, out_folder)
+
+
+def straight_through(
+    model: Model, out_folder: Out, train: Train, teacher: Teacher = None, method: Method = "svd", ratio: Ratio = 0.5,
+    arguments: Set = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Of learning, and of the factors alone.")] = 300,
+    every: Annotated[int, typer.Option(metavar="STEPS", help="Choose new factors this often.")] = 20,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of the factors.")] = 1e-4,
+    batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+    policy: Annotated[str, typer.Option(hidden=True)] = "per_matrix",
+    shadow_rate: Annotated[float, typer.Option(hidden=True)] = 3e-5,
+    fade: Annotated[float, typer.Option(hidden=True)] = 0.4,
+    freeze: Annotated[float, typer.Option(hidden=True)] = 0.2,
+    pull: Annotated[float, typer.Option(hidden=True)] = 1e-4,
+    layers: HiddenLayers = None, validation: HiddenTexts = None, task: HiddenTask = None, max_length: HiddenLength = None,
+    seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
+) -> None:
+    """Trains MODEL through factors that are chosen anew on the way, and writes those to OUT. Killed, the same command
+    continues. Also: --policy, --layers, --shadow-rate, --fade, --freeze, --pull, --task, --validation, --max-length, --seed,
+    --save-every.
+
+    \b
+    Example:  lowfat straight-through all-MiniLM-L6-v2 learned --steps 60 \\
+                  --teacher all-MiniLM-L6-v2 --train lowfat-demo/texts.jsonl
+    """
+    from .recovery import straight_through as strategy
+
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
+                  method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
+                  layers=layers or None, steps=steps, every=every, fade=fade, freeze=freeze, pull=pull, learning_rate=learning_rate,
+                  shadow_rate=shadow_rate, batch_size=batch_size, max_length=max_length, seed=seed, save_every=save_every,
+                  overwrite=overwrite)
+    print_json(report.to_json()) if as_json else show_straight_through(report, out_folder)
+
+
+def _run(strategy: Callable, model: str, out_folder: Path, *, train: Path, validation: Path | None, teacher: str | None,
+         task: str | None, device: str, **options):
+    """The report of a strategy on the model, with a bar of its progress."""
+    from .job import open_model
+
+    where, rows, judged = device_of(device), read_rows(train), validation and read_rows(validation)
+    with bar("opening") as tell:
+        student, tokenizer = open_model(model_folder(model), task=task, device=where)
+        followed, its_tokenizer = open_model(model_folder(teacher), task=task, device=where) if teacher else (None, None)
+        return strategy(student, rows, tokenizer=tokenizer, task=task, teacher=followed, teacher_tokenizer=its_tokenizer,
+                        validation=judged, out=out_folder, on_progress=partial(tell, stage="training"), **options)
