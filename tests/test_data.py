@@ -1,5 +1,6 @@
 """Rows and batches: what is read, what is refused and how it is said."""
 import json
+import pickle
 
 import pytest
 import torch
@@ -20,6 +21,19 @@ def test_jsonl_and_text_files(tmp_path):
     path = written(tmp_path, json.dumps({"text": "a"}) + "\n\n" + json.dumps(pair, ensure_ascii=False) + "\n")
     assert read_rows(path) == [{"text": "a"}, pair]  # other keys stay, empty lines do not count
     assert read_rows(written(tmp_path, "one\n\n two \n", "t.txt")) == [{"text": "one"}, {"text": "two"}]
+
+
+def test_what_is_wrong_with_a_row_of_a_file_names_its_line(tmp_path):
+    """Whichever rows were taken, and in another process too."""
+    path = written(tmp_path, '{"text": "the cat", "label": 0}\n\n{"text": "a dog"}\n{"text_a": "a"' + ', "text_b": " "}\n')
+    found = pickle.loads(pickle.dumps(read_rows(path)))
+    for taken, task, message in ((found[1:2], "classification", r'rows.jsonl:3 has no "label"'),
+                                 (found[2:], "embedding", r"rows.jsonl:4: text_b has no tokens")):
+        with pytest.raises(ArgumentError, match=message):
+            examples(taken, bare_tokenizer(), task)
+    found[1]["label"] = 7
+    with pytest.raises(ArgumentError, match="rows.jsonl:3 has label 7; the model knows 0 to 1"):
+        label_ids(found[:2], {"a": 0, "b": 1})
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '"text"', '{"text": 3}', '{"text_a": "a"}', '{"label": 1}',

@@ -12,7 +12,20 @@ TASKS = ("classification", "lm", "embedding")
 IGNORED = -100  # label of a token without loss, such as padding, as torch and transformers have it
 
 
-def read_rows(path: str | Path) -> list[dict]:
+class Row(dict):
+    """A row that knows where it stands, like texts.jsonl:17, for whoever finds something wrong with it."""
+
+    def __init__(self, values: Mapping, where: str):
+        super().__init__(values)
+        self.where = where
+
+
+def place(row: Mapping, number: int) -> str:
+    """Where the row with this number, from 1, is."""
+    return getattr(row, "where", f"row {number}")
+
+
+def read_rows(path: str | Path) -> list[Row]:
     """Rows of a .jsonl file ({"text"} or {"text_a", "text_b"}, "label" optional), or of a .txt file with one text a line.
 
     FormatError names file and line; ArgumentError: no such file, unknown suffix, no rows."""
@@ -26,7 +39,8 @@ def read_rows(path: str | Path) -> list[dict]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    rows.append({"text": line.strip()} if path.suffix == ".txt" else _row(line, f"{path}:{number}"))
+                    where = f"{path}:{number}"
+                    rows.append(Row({"text": line.strip()} if path.suffix == ".txt" else _row(line, where), where))
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not rows:
@@ -77,13 +91,15 @@ def label_ids(rows: Sequence[Mapping], label2id: Mapping[str, int] | None = None
     ArgumentError: a row without label, a number out of range, mixed kinds, names that cannot be mapped."""
     labels = [row.get("label") for row in rows]
     if None in labels:
-        raise ArgumentError(f'row {labels.index(None) + 1} has no "label"; classification needs one in every row')
+        number = labels.index(None)
+        raise ArgumentError(f'{place(rows[number], number + 1)} has no "label"; classification needs one in every row')
     names = dict(label2id or {})
     strings = {label for label in labels if isinstance(label, str)}
     if not strings:
         for number, label in enumerate(labels, 1):
             if label < 0 or (names and label >= len(names)):
-                raise ArgumentError(f"row {number} has label {label}; the model knows 0 to {len(names) - 1}")
+                raise ArgumentError(f"{place(rows[number - 1], number)} has label {label}; the model knows 0 to "
+                                    f"{len(names) - 1}")
         return labels, names
     if len(strings) < len(set(labels)):
         raise ArgumentError("label: some rows have numbers and some have strings; needs one kind")
@@ -114,13 +130,13 @@ def examples(rows: Sequence[Mapping], tokenizer, task: str, *, max_length: int =
     if task == "embedding":
         places = [(number, key) for number, row in enumerate(rows, 1) for key in ("text", "text_a", "text_b") if key in row]
         found = _tokens(tokenizer, [rows[number - 1][key] for number, key in places], None, max_length)
-        return _filled(found, [f"row {number}: {key}" for number, key in places])
+        return _filled(found, [f"{place(rows[number - 1], number)}: {key}" for number, key in places])
     classifier_pad_id(tokenizer)
     if len({"text" in row for row in rows}) > 1:
         raise ArgumentError('some rows have "text" and some have "text_a" and "text_b"; needs one kind')
     first, second = ("text", None) if "text" in rows[0] else ("text_a", "text_b")
     found = _tokens(tokenizer, [row[first] for row in rows], second and [row[second] for row in rows], max_length)
-    _filled(found, [f"row {number}" for number in range(1, len(rows) + 1)])
+    _filled(found, [place(row, number) for number, row in enumerate(rows, 1)])
     if labels:
         for example, label in zip(found, label_ids(rows, label2id)[0]):
             example["labels"] = label

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from .data import IGNORED, examples, padded, slices, task_for
+from .data import IGNORED, Row, examples, padded, place, slices, task_for
 from .errors import ArgumentError
 from .model_inputs import fitting, padding
 from .pooling import pooling_of
@@ -41,9 +41,10 @@ def judged(rows: Sequence[Mapping], tokenizer, task: str, model, *, max_length: 
     for number, row in enumerate(rows, 1) if task == "embedding" else ():
         for key in ("text_b", "text_a"):
             if key not in row:
-                raise ArgumentError(f'row {number} has no "{key}"; retrieval needs "text_a" and "text_b" in every row')
-    if task == "embedding":
-        rows = [{"text_a": row["text_a"], "text_b": row["text_b"]} for row in rows]  # without a "text" of their own
+                raise ArgumentError(f'{place(row, number)} has no "{key}"; retrieval needs "text_a" and "text_b" in every '
+                                    "row")
+    if task == "embedding":  # without a "text" of their own
+        rows = [Row({key: row[key] for key in ("text_a", "text_b")}, place(row, number)) for number, row in enumerate(rows, 1)]
     found = examples(rows, tokenizer, task, max_length=fitting(max_length, model),
                      label2id=label2id or model.config.label2id)
     if task == "lm" and all(len(piece["input_ids"]) < 2 for piece in found):
