@@ -3,7 +3,6 @@
 A compiled kernel only overrides a device of an op declared here; whatever it does not cover runs the reference."""
 import os
 from collections.abc import Callable
-from itertools import zip_longest
 from typing import NoReturn
 
 import torch
@@ -115,34 +114,40 @@ def refuse(error: Exception, op: str, check: Callable, *inputs) -> NoReturn:
     raise error
 
 
-def differentiable(forward: OpOverload, training: OpOverload, backward: OpOverload, *, reference: Callable, read: int,
-                   constants: int = 0) -> Callable:
+def differentiable(forward: OpOverload, training: OpOverload | None, backward: OpOverload, *, reference: Callable, read: int,
+                   constants: int = 0, indices: tuple[int, ...] = ()) -> Callable:
     """Give an op its gradient; the returned function is the same as the op with less overhead when gradients are recorded.
 
     forward(*inputs) -> y    training(*inputs) -> (y, h)    backward(dy, x, h, *factors, needs, *constants) -> gradients
-    where x, *factors are the first `read` inputs, h may be None, bit i of needs says that gradient i is wanted, and constants
-    are the last inputs, which are no tensors and have no default (torch would leave one out).
+    where x, *factors are the first `read` inputs, h may be None, bit i of needs says that the gradient of input i is wanted,
+    and constants are the last inputs, which are no tensors and have no default (torch would leave one out). indices: the
+    places of index tensors among the inputs; there is no gradient of them, not even an empty one. training None: an op
+    without a middle, whose backward takes no h and whose reference gives y alone.
     """
+    last_factor = max(set(range(read)) - set(indices))
 
     class Training(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            y, h = below_autograd(training, *inputs)
-            ctx.mark_non_differentiable(h)
+            if training is None:
+                outputs, middle = below_autograd(forward, *inputs), ()
+            else:
+                outputs = y, h = below_autograd(training, *inputs)
+                ctx.mark_non_differentiable(h)
+                middle = (h if ctx.needs_input_grad[last_factor] else None,)  # only the gradient of the last factor reads h
             ctx.set_materialize_grads(False)
-            keep = h if ctx.needs_input_grad[read - 1] else None  # only the gradient of the last factor reads h
-            ctx.save_for_backward(inputs[0], keep, *inputs[1:read])
+            ctx.save_for_backward(inputs[0], *middle, *inputs[1:read])
             ctx.constants = inputs[len(inputs) - constants:]
-            return y, h
+            return outputs
 
         @staticmethod
-        def backward(ctx, dy, _):
+        def backward(ctx, dy, *_):
             needs = ctx.needs_input_grad
             if dy is None:
                 return (None,) * len(needs)
-            x, h, *factors = ctx.saved_tensors
-            found = backward(dy, x, h, *factors, sum(flag << i for i, flag in enumerate(needs)), *ctx.constants)
-            return tuple(gradient if flag else None for gradient, flag in zip_longest(found, needs))
+            found = iter(backward(dy, *ctx.saved_tensors, sum(flag << i for i, flag in enumerate(needs)), *ctx.constants))
+            gradients = (None if i in indices else next(found, None) for i in range(len(needs)))
+            return tuple(gradient if flag else None for gradient, flag in zip(gradients, needs))
 
     Training.__name__ = Training.__qualname__ = forward._opname
 
@@ -157,9 +162,12 @@ def differentiable(forward: OpOverload, training: OpOverload, backward: OpOverlo
 
         _library.impl(op._opname, kernel, "Autograd", with_keyset=True)
 
+    torch.library.register_autograd(backward, _refuse_second, lib=_library)
+    if training is None:
+        gradient_of(forward, lambda y: y)
+        return Training.apply
     gradient_of(forward, lambda outputs: outputs[0])
     gradient_of(training, lambda outputs: outputs)
-    torch.library.register_autograd(backward, _refuse_second, lib=_library)
     return lambda *inputs: Training.apply(*inputs)[0]
 
 
