@@ -1,15 +1,17 @@
 """The ways to call an op, each seen as low_rank(x, v, u, bias), and the errors that each promises."""
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from lowfat.errors import LowfatError
 from lowfat.ops import low_rank as public_low_rank
-from lowfat.ops import low_rank_group, low_rank_pivoted, low_rank_swiglu, monarch
+from lowfat.ops import dictionary, low_rank_group, low_rank_pivoted, low_rank_swiglu, monarch, sparse24
+from lowfat.ops.bitmap import pack
 
 
 @dataclass
@@ -68,12 +70,32 @@ CALLERS = {
     "torch.ops.lowfat.monarch_backward": Caller(lambda *args: through_backward(*args, op=monarch_gradients), named=False,
                                                 words=("monarch", "low_rank"),
                                                 framework=lambda *args: product_and_bias(*args)),
+    "sparse24": Caller(lambda *args: through_sparse24(every_one(public_sparse24), *args), named=False),
+    "torch.ops.lowfat.sparse24": Caller(lambda *args: through_sparse24(two_of_four(torch.ops.lowfat.sparse24), *args),
+                                        named=False),
+    "torch.ops.lowfat.sparse24_backward": Caller(
+        lambda *args: through_sparse24(every_one(sparse24_gradient), *args), named=False,
+        framework=lambda *args: rows_times_columns(*args)),
+    "dictionary": Caller(lambda *args: through_dictionary(dictionary, every_place, *args), named=False),
+    "torch.ops.lowfat.dictionary": Caller(lambda *args: through_dictionary(torch.ops.lowfat.dictionary, every_bit, *args),
+                                          named=False),
+    "torch.ops.lowfat.dictionary_training": Caller(
+        lambda *args: through_dictionary(lambda *a: torch.ops.lowfat.dictionary_training(*a)[0], every_place, *args),
+        named=False),
+    "torch.ops.lowfat.dictionary_backward": Caller(
+        lambda *args: through_backward(*args, op=dictionary_gradients), named=False, words=("dictionary", "low_rank"),
+        framework=lambda *args: product_and_bias(*args)),
 }
 
 
 def product_and_bias(x, v, u, bias=None):
     """Torch's own chain where the bias is added outside, and rounds once more."""
     return linear(linear(x, v), u) + (0 if bias is None else bias)
+
+
+def rows_times_columns(x, v, u, bias=None):
+    """The same, by the products of a gradient: its weights transposed in memory."""
+    return x @ v.T.contiguous() @ u.T.contiguous() + (0 if bias is None else bias)
 
 
 def through_epilogue(x, v, u, bias=None):
@@ -121,6 +143,88 @@ def public_monarch(x, v, u, bias, n, interleave):
 def monarch_gradients(dy, x, h, v, u, needs):
     """Those of one block."""
     return torch.ops.lowfat.monarch_backward(dy, x, h, v[None], u[None], needs, dy.shape[-1] if dy.dim() else 1, True)
+
+
+@contextmanager
+def renamed(**words: str) -> Iterator[None]:
+    """An error of ours in the words of low_rank."""
+    try:
+        yield
+    except LowfatError as error:
+        said = str(error)
+        for word, due in words.items():
+            said = re.sub(rf"\b{word}\b", due, said)
+        raise type(error)(said) from error
+
+
+def through_sparse24(product: Callable, x, v, u, bias=None):
+    """One product after the other."""
+    with renamed(sparse24="low_rank", values="v"):
+        h = product(x, v, None)
+    with renamed(sparse24="low_rank", values="u"):
+        return product(h, u, bias)
+
+
+def public_sparse24(x, values, mask, bias, kept, group):
+    return sparse24(x, values, mask, bias, kept=kept, group=group)
+
+
+def every_one(op: Callable) -> Callable:
+    """A product whose weight keeps one of every one input."""
+    def product(x, weight, bias):
+        return op(x, weight, every_bit(weight), bias, 1, 1)
+
+    return product
+
+
+def two_of_four(op: Callable) -> Callable:
+    """A product with zeros among the inputs, so that its weight keeps two of every four."""
+    def product(x, weight, bias):
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not x.dim() or weight.dim() != 2:
+            return op(x, weight, every_bit(weight), bias, 1, 1)
+
+        def even(t):
+            return pad(t, (0, t.shape[-1] % 2))
+
+        groups = -(-x.shape[-1] // 2)
+        wide = pad(even(x).unflatten(-1, (groups, 2)), (1, 1)).flatten(-2)
+        kept = torch.tensor([False, True, True, False], device=x.device).repeat(weight.shape[0], groups)
+        return op(wide, even(weight), pack(kept), bias, 2, 4)
+
+    return product
+
+
+def sparse24_gradient(dy, weight, mask, bias, kept, group):
+    """The gradient of x for the transposed weight is a product with the weight."""
+    both = isinstance(dy, Tensor) and isinstance(weight, Tensor)
+    transposed = weight.mT if both and weight.dim() == 2 else weight
+    x = dy.new_zeros((*dy.shape[:-1], *weight.shape[:1])) if both and dy.dim() else dy
+    dx, *_ = torch.ops.lowfat.sparse24_backward(dy, x, transposed, every_bit(transposed), 1, kept, group)
+    return dx if bias is None else dx + bias
+
+
+def every_bit(values, _=None) -> Tensor:
+    """The bitmap of rows that keep all."""
+    if not isinstance(values, Tensor) or values.dim() != 2:
+        return torch.zeros(1, 1, dtype=torch.int32)
+    return pack(torch.ones(values.shape, dtype=torch.bool, device=values.device))
+
+
+def every_place(values, d) -> Tensor:
+    """The positions of rows that keep all."""
+    if not isinstance(values, Tensor) or not isinstance(d, Tensor) or values.dim() != 2:
+        return torch.zeros(1, 1, dtype=torch.int16)
+    return torch.arange(d.shape[0], dtype=torch.int16, device=values.device).expand(len(values), -1)
+
+
+def through_dictionary(op: Callable, support: Callable, x, v, u, bias=None):
+    """One block, all of whose atoms are kept."""
+    with renamed(dictionary="low_rank", d="v", values="u"):
+        return op(x, v[None, None] if isinstance(v, Tensor) else v, u, support(u, v), bias)
+
+
+def dictionary_gradients(dy, x, h, v, u, needs):
+    return torch.ops.lowfat.dictionary_backward(dy, x, h, v[None, None], u, every_bit(u), needs)
 
 
 def through_backward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, into: bool = False,
