@@ -300,7 +300,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _stored_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _versions() -> dict:

@@ -19,6 +19,7 @@ SHARD = re.compile(r"lowfat-\d{5}-of-\d{5}\.safetensors")
 MAX_INDEX = 64 << 20  # bytes
 KEYS = {"quant_method", "format", "weights", "modules", "ties"}
 CODE_KEYS = {"auto_map", "custom_pipelines"}  # they name Python files to run
+INDEX_DTYPES = {torch.int32: "I32", torch.int16: "I16"}  # what safetensors calls those of the structures' buffers
 HERE = "config.json: quantization_config"
 
 
@@ -152,7 +153,7 @@ def check_tensors(model: nn.Module, tensors: dict[str, tuple[str, dict]], *, exa
         if tuple(span["shape"]) != tuple(due.shape):
             raise FormatError(f"{file}: shape of {found} is {span['shape']}, config.json implies {list(due.shape)}")
         is_index = name in factors and not due.is_floating_point()  # of factors: what an index is stored as is ours to say
-        if ("F" in span["dtype"]) != due.is_floating_point() or (is_index and span["dtype"] != "I32"):
+        if ("F" in span["dtype"]) != due.is_floating_point() or (is_index and span["dtype"] != INDEX_DTYPES[due.dtype]):
             raise FormatError(f"{file}: dtype of {found} is {span['dtype']}, the model needs {due.dtype}")
     if exact and (extra := sorted(set(tensors) - used)):
         raise FormatError(f"{tensors[extra[0]][0]}: tensor {extra[0]} is no part of {type(model).__name__}")

@@ -1,8 +1,10 @@
 """Linear layers whose weight is stored as factors: one file per factor format."""
+from .dictionary import Dictionary
 from .low_rank import LowRank, LowRankGroup
 from .monarch import Monarch
+from .sparse24 import Sparse24
 from .structure import Structure
 
-STRUCTURES = {c.__name__: c for c in (LowRank, Monarch)}
+STRUCTURES = {c.__name__: c for c in (LowRank, Monarch, Sparse24, Dictionary)}
 
-__all__ = ["STRUCTURES", "LowRank", "LowRankGroup", "Monarch", "Structure"]
+__all__ = ["STRUCTURES", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Sparse24", "Structure"]

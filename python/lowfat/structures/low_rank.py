@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, UnsupportedError
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from ..linalg import truncated_svd
 from ..ops import low_rank, low_rank_group
-from .structure import Structure
+from .structure import Structure, check_dense
 
 
 class LowRank(Structure):
@@ -49,10 +49,7 @@ class LowRank(Structure):
         """The closest rank-r matrix to weight [n, k] (Eckart and Young 1936), each singular value split evenly between the
         factors, in the weight's dtype. Raises NumericsError for NaN or infinity, UnsupportedError for
         a sharded weight."""
-        if hasattr(weight, "full_tensor"):
-            raise UnsupportedError(f"weight is a {type(weight).__name__}, perhaps a shard; gather it with .full_tensor() first")
-        if weight.dim() != 2:
-            raise ShapeError(f"weight must be [out, in], found {list(weight.shape)}")
+        check_dense(weight)
         _check_sizes(weight.shape[1], weight.shape[0], rank)
         u, s, vt, _ = truncated_svd(weight, rank)
         root = s.sqrt()

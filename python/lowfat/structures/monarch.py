@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..errors import ArgumentError, DtypeError, IndexRangeError, ShapeError, UnsupportedError
+from ..errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
 from ..linalg import truncated_svd
 from ..ops.monarch import monarch
-from .structure import Structure
+from .structure import Structure, check_counts, check_dense
 
 
 class Monarch(Structure):
@@ -72,10 +72,7 @@ class Monarch(Structure):
         """The closest such matrix to weight [n, k] (Dao et al. 2022, theorem 1, for any rank: blocks are disjoint, so each is
         replaced by its truncated SVD). rows [n]: the blocks are those of weight[rows]. Raises NumericsError for NaN or
         infinity, IndexRangeError for rows that are no permutation, UnsupportedError for a sharded weight."""
-        if hasattr(weight, "full_tensor"):
-            raise UnsupportedError(f"weight is a {type(weight).__name__}, perhaps a shard; gather it with .full_tensor() first")
-        if weight.dim() != 2:
-            raise ShapeError(f"weight must be [out, in], found {list(weight.shape)}")
+        check_dense(weight)
         n, k = weight.shape
         blocks = check_blocks(k, n, blocks)
         check_rank(rank, *block_size(k, n, blocks))
@@ -164,11 +161,7 @@ def block_size(in_features: int, out_features: int, blocks: tuple[int, int]) -> 
 
 def check_blocks(in_features: int, out_features: int, blocks: int | tuple[int, int]) -> tuple[int, int]:
     """(b_in, b_out); ArgumentError or ShapeError where there is no such division."""
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if type(size) is not int:
-            raise ArgumentError(f"{name} must be a whole number, found {size!r}")
-        if size < 1:
-            raise ShapeError(f"{name} must be at least 1, found {size}")
+    check_counts(in_features=in_features, out_features=out_features)
     pair = pair_of(blocks)
     for what, count, size in zip(("inputs", "outputs"), pair, (in_features, out_features)):
         if not 1 <= count <= size:

@@ -3,6 +3,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ArgumentError, ShapeError, UnsupportedError
+
 
 class Structure(nn.Module):
     """A linear layer of `in_features` to `out_features` whose weight [n, k] is stored as factors.
@@ -35,3 +37,20 @@ class Structure(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.shape().items())
+
+
+def check_dense(weight: Tensor) -> None:
+    """UnsupportedError or ShapeError for what is no whole matrix [n, k]."""
+    if hasattr(weight, "full_tensor"):
+        raise UnsupportedError(f"weight is a {type(weight).__name__}, perhaps a shard; gather it with .full_tensor() first")
+    if weight.dim() != 2:
+        raise ShapeError(f"weight must be [out, in], found {list(weight.shape)}")
+
+
+def check_counts(least: int = 1, **counts: int) -> None:
+    """ArgumentError for what is no whole number, ShapeError for less than the least."""
+    for name, count in counts.items():
+        if type(count) is not int:
+            raise ArgumentError(f"{name} must be a whole number, found {count!r}")
+        if count < least:
+            raise ShapeError(f"{name} must be at least {least}, found {count}")
