@@ -12,7 +12,7 @@ from lowfat.errors import ArgumentError, NumericsError
 from lowfat.progress import tensors_digest
 from lowfat.recovery import straight_through
 from lowfat.recovery.shadow import NAME, Shadows
-from lowfat.structures import LowRank, Structure
+from lowfat.structures import Dictionary, LowRank, Sparse24, Structure
 from tiny_text import classifier, rows, tokenizer
 
 NOTHING = 1e-60  # a learning rate that changes no weight, nor a zero
@@ -220,3 +220,32 @@ def test_bad_arguments_are_named_before_any_work(change, message):
     with pytest.raises(ArgumentError, match=message.replace("(", r"\(")):
         run(model, **change)
     assert digest(model) == before
+
+
+# --- what it is for ---
+
+def trained(layer, shadows, x, y, steps=400, every=10):
+    """The loss of a layer after training towards y, its factors made anew every so many steps where there are shadows."""
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for step in range(steps):
+        loss = (layer(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if shadows is not None and step < steps // 2 and step % every == every - 1:
+            shadows.refactorize(optimizer.state)
+    return loss.item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make", [
+    lambda weight: Sparse24.from_dense(weight), lambda weight: Dictionary.from_dense(weight, atoms=8, nonzeros=2)])
+def test_it_learns_a_planted_support_that_a_fixed_one_cannot_fit(make, seed):
+    """The target is of the form, another one than what the weight at the start is closest to."""
+    torch.manual_seed(seed)
+    target, start = make(torch.randn(24, 16)), torch.randn(24, 16)
+    x = torch.randn(256, 16)
+    y = target(x).detach()
+    fixed, learned = make(start), make(start)
+    shadows = Shadows({"layer": learned}, {"layer": torch.nn.Parameter(start.clone())}, lambda name, weight: make(weight))
+    assert trained(learned, shadows, x, y) < trained(fixed, None, x, y)
