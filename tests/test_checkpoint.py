@@ -16,7 +16,7 @@ from lowfat import checkpoint, storage
 from lowfat.errors import ArgumentError, IntegrityError, UnsupportedError
 from lowfat.layers import dense_weight, factorizable, replace
 from lowfat.strict_json import read_json
-from lowfat.structures import LowRank, LowRankGroup, Monarch
+from lowfat.structures import Dictionary, LowRank, LowRankGroup, Monarch, Sparse24
 from lowfat.tensor_file import read_tensors
 from lowfat.validate import INDEX, WEIGHTS
 
@@ -270,6 +270,33 @@ def test_permuted_rows_are_kept(tiny_bert, tmp_path):
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
     half = checkpoint.load(tmp_path / "two", dtype=torch.bfloat16)
     assert torch.equal(half.bert.encoder.layer[1].output.dense.rows, layers[1].output.dense.rows)
+
+
+def test_sparse_layers_and_shared_dictionaries_are_kept(tiny_bert, tmp_path):
+    """Masks and positions as they are, in another dtype too, through a second saving and in a dense copy; a dictionary that
+    layers share is stored once and is one again."""
+    made = {"query": lambda w, b: Sparse24.from_dense(w, b), "key": lambda w, b: Sparse24.from_dense(w, b, n=1, m=8),
+            "value": lambda w, b: Dictionary.from_dense(w, b, atoms=8, nonzeros=2, format="positions"),
+            "dense": lambda w, b: Dictionary.from_dense(w, b, atoms=8, nonzeros=4, blocks=(2, 2), dense_atoms=2, format="bitmap")}
+    for name, module in factorizable(tiny_bert).items():
+        replace(tiny_bert, name, made[name.rpartition(".")[2]](dense_weight(module), module.bias))
+    layers = tiny_bert.bert.encoder.layer
+    layers[1].attention.self.value.d = layers[0].attention.self.value.d
+    checkpoint.export_dense(tiny_bert, tmp_path / "dense")
+    torch.testing.assert_close(output(type(tiny_bert).from_pretrained(tmp_path / "dense")), output(tiny_bert))
+    checkpoint.save(tiny_bert, tmp_path / "one")
+    stored = read_tensors(tmp_path / "one" / WEIGHTS)
+    assert len([name for name in stored if name.endswith("attention.self.value.d")]) == 1
+    for loaded in (checkpoint.load(tmp_path / "one"), type(tiny_bert).from_pretrained(tmp_path / "one")):
+        assert_same(tiny_bert, loaded)
+        first, second = (layer.attention.self.value for layer in loaded.bert.encoder.layer)
+        assert first.d is second.d and first.positions.dtype == torch.int16
+    loaded.save_pretrained(tmp_path / "two")
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    half = checkpoint.load(tmp_path / "two", dtype=torch.bfloat16)
+    for name, buffer in tiny_bert.named_buffers():
+        if name.endswith((".mask", ".positions")):
+            assert torch.equal(half.get_buffer(name), buffer) and half.get_buffer(name).dtype == buffer.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -1,0 +1,81 @@
+"""T-index at load: every index tensor of a checkpoint that its layer cannot use is refused, by the name of the layer."""
+import pytest
+import torch
+
+from lowfat import checkpoint
+from lowfat.errors import FormatError, IndexRangeError
+from lowfat.layers import dense_weight, factorizable, replace
+from lowfat.structures import Dictionary, Monarch, Sparse24
+
+LAYERS = {  # by the buffer that holds the indices
+    "2:4 mask": lambda weight, bias: Sparse24.from_dense(weight, bias),
+    "bitmap": lambda weight, bias: Dictionary.from_dense(weight, bias, atoms=10, nonzeros=4, blocks=(1, 2), format="bitmap"),
+    "positions": lambda weight, bias: Dictionary.from_dense(weight, bias, atoms=10, nonzeros=4, blocks=(1, 2), format="positions"),
+    "rows": lambda weight, bias: Monarch.from_dense(weight, bias, blocks=2, rank=4, rows=torch.arange(len(weight)).flip(0)),
+}
+BUFFERS = {"2:4 mask": "mask", "bitmap": "mask", "positions": "positions", "rows": "rows"}
+
+
+def first(number):
+    def of(t):
+        t = t.clone()
+        t.view(-1)[0] = number
+        return t
+
+    return of
+
+
+def of_all(number):
+    return lambda t: torch.full_like(t, number)
+
+
+def repeated(t):
+    t = t.clone()
+    t.view(-1)[1] = t.view(-1)[0]
+    return t
+
+
+VALUES = {  # numbers that are wrong in every format
+    "-1": first(-1), "smallest": lambda t: first(torch.iinfo(t.dtype).min)(t),
+    "largest": lambda t: first(torch.iinfo(t.dtype).max)(t),
+    "all -1": of_all(-1), "all smallest": lambda t: of_all(torch.iinfo(t.dtype).min)(t),
+    "all largest": lambda t: of_all(torch.iinfo(t.dtype).max)(t), "all zero": of_all(0), "all one": of_all(1),
+    "doubled": lambda t: t * 2 + 1, "n": lambda t: of_all(max(t.shape))(t),
+    "n + 1": lambda t: of_all(max(t.shape) + 1)(t),
+    "shifted": lambda t: t + 1 if t.dim() == 1 or t.dtype == torch.int16 else t << 1 | t,
+}
+KINDS = {  # tensors that are no such index
+    "int64": lambda t: t.long(), "2^40": lambda t: t.long() + 2**40, "float": lambda t: t.float(), "bool": lambda t: t > 0,
+    "int8": lambda t: t.to(torch.int8), "other width": lambda t: t.to(torch.int16 if t.dtype == torch.int32 else torch.int32),
+    "shorter": lambda t: t[:-1], "longer": lambda t: torch.cat([t, t[:1]]), "empty": lambda t: t[:0],
+    "another dimension": lambda t: t[None], "transposed or folded": lambda t: t.T if t.dim() == 2 else t.view(2, -1),
+}
+ONLY = {  # what a format may not say, though others may
+    "positions": {"negative": lambda t: -1 - t, "twice": repeated, "unsorted": lambda t: t.flip(1), "of one block": lambda t: t.sort(1).values,
+                  "a": first(10), "a + 1": first(11)},
+    "rows": {"negative": lambda t: -1 - t, "twice": repeated, "past the end": lambda t: t.clone().index_fill_(0, torch.tensor([0]), 2**20)},
+    "bitmap": {"padding": lambda t: t | 1 << 10, "sign": lambda t: t | torch.tensor(-2**31, dtype=torch.int32),
+               "a bit more": lambda t: first(1023)(t), "a bit less": lambda t: t & (t - 1), "swapped": lambda t: ~t},
+    "2:4 mask": {"a bit less": lambda t: t & (t - 1), "all": of_all(-1), "inverted": lambda t: t ^ 1,
+                 "another group": lambda t: t ^ 17},
+}
+CASES = [(format, name, change, error) for format in LAYERS for table, error in ((VALUES, IndexRangeError), (KINDS, FormatError),
+                                                                                (ONLY[format], IndexRangeError))
+         for name, change in table.items()]
+
+
+@pytest.mark.parametrize("format, change, error", [pytest.param(f, c, e, id=f"{f}-{n}") for f, n, c, e in CASES])
+def test_bad_indices_are_refused_at_load(format, change, error, tiny_bert, tmp_path):
+    name, module = list(factorizable(tiny_bert).items())[3]
+    layer = LAYERS[format](dense_weight(module), module.bias)
+    replace(tiny_bert, name, layer)
+    setattr(layer, BUFFERS[format], change(getattr(layer, BUFFERS[format])).contiguous())
+    checkpoint.save(tiny_bert, tmp_path / "bad")
+    for load in (checkpoint.load, type(tiny_bert).from_pretrained):
+        with pytest.raises(error, match=name.replace(".", r"\.")):
+            load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("format", LAYERS)
+def test_twenty_of_each(format):
+    assert sum(case[0] == format for case in CASES) >= 20
