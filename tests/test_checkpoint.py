@@ -277,7 +277,7 @@ def test_sparse_layers_and_shared_dictionaries_are_kept(tiny_bert, tmp_path):
     layers share is stored once and is one again."""
     made = {"query": lambda w, b: Sparse24.from_dense(w, b), "key": lambda w, b: Sparse24.from_dense(w, b, n=1, m=8),
             "value": lambda w, b: Dictionary.from_dense(w, b, atoms=8, nonzeros=2, format="positions"),
-            "dense": lambda w, b: Dictionary.from_dense(w, b, atoms=8, nonzeros=4, blocks=(2, 2), dense_atoms=2, format="bitmap")}
+            "dense": lambda w, b: Dictionary.from_dense(w, b, atoms=8, nonzeros=4, blocks=(2, 2), dense_atoms=2)}
     for name, module in factorizable(tiny_bert).items():
         replace(tiny_bert, name, made[name.rpartition(".")[2]](dense_weight(module), module.bias))
     layers = tiny_bert.bert.encoder.layer

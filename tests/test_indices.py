@@ -7,10 +7,11 @@ from lowfat.errors import FormatError, IndexRangeError
 from lowfat.layers import dense_weight, factorizable, replace
 from lowfat.structures import Dictionary, Monarch, Sparse24
 
+SIZES = {"atoms": 10, "nonzeros": 4, "blocks": (1, 2)}
 LAYERS = {  # by the buffer that holds the indices
     "2:4 mask": lambda weight, bias: Sparse24.from_dense(weight, bias),
-    "bitmap": lambda weight, bias: Dictionary.from_dense(weight, bias, atoms=10, nonzeros=4, blocks=(1, 2), format="bitmap"),
-    "positions": lambda weight, bias: Dictionary.from_dense(weight, bias, atoms=10, nonzeros=4, blocks=(1, 2), format="positions"),
+    "bitmap": lambda weight, bias: Dictionary.from_dense(weight, bias, **SIZES, format="bitmap"),
+    "positions": lambda weight, bias: Dictionary.from_dense(weight, bias, **SIZES, format="positions"),
     "rows": lambda weight, bias: Monarch.from_dense(weight, bias, blocks=2, rank=4, rows=torch.arange(len(weight)).flip(0)),
 }
 BUFFERS = {"2:4 mask": "mask", "bitmap": "mask", "positions": "positions", "rows": "rows"}
@@ -46,21 +47,24 @@ VALUES = {  # numbers that are wrong in every format
 }
 KINDS = {  # tensors that are no such index
     "int64": lambda t: t.long(), "2^40": lambda t: t.long() + 2**40, "float": lambda t: t.float(), "bool": lambda t: t > 0,
-    "int8": lambda t: t.to(torch.int8), "other width": lambda t: t.to(torch.int16 if t.dtype == torch.int32 else torch.int32),
+    "int8": lambda t: t.to(torch.int8),
+    "other width": lambda t: t.to(torch.int16 if t.dtype == torch.int32 else torch.int32),
     "shorter": lambda t: t[:-1], "longer": lambda t: torch.cat([t, t[:1]]), "empty": lambda t: t[:0],
     "another dimension": lambda t: t[None], "transposed or folded": lambda t: t.T if t.dim() == 2 else t.view(2, -1),
 }
 ONLY = {  # what a format may not say, though others may
-    "positions": {"negative": lambda t: -1 - t, "twice": repeated, "unsorted": lambda t: t.flip(1), "of one block": lambda t: t.sort(1).values,
+    "positions": {"negative": lambda t: -1 - t, "twice": repeated, "unsorted": lambda t: t.flip(1),
+                  "of one block": lambda t: t.sort(1).values,
                   "a": first(10), "a + 1": first(11)},
-    "rows": {"negative": lambda t: -1 - t, "twice": repeated, "past the end": lambda t: t.clone().index_fill_(0, torch.tensor([0]), 2**20)},
+    "rows": {"negative": lambda t: -1 - t, "twice": repeated,
+             "past the end": lambda t: t.clone().index_fill_(0, torch.tensor([0]), 2**20)},
     "bitmap": {"padding": lambda t: t | 1 << 10, "sign": lambda t: t | torch.tensor(-2**31, dtype=torch.int32),
                "a bit more": lambda t: first(1023)(t), "a bit less": lambda t: t & (t - 1), "swapped": lambda t: ~t},
     "2:4 mask": {"a bit less": lambda t: t & (t - 1), "all": of_all(-1), "inverted": lambda t: t ^ 1,
                  "another group": lambda t: t ^ 17},
 }
-CASES = [(format, name, change, error) for format in LAYERS for table, error in ((VALUES, IndexRangeError), (KINDS, FormatError),
-                                                                                (ONLY[format], IndexRangeError))
+CASES = [(format, name, change, error) for format in LAYERS
+         for table, error in ((VALUES, IndexRangeError), (KINDS, FormatError), (ONLY[format], IndexRangeError))
          for name, change in table.items()]
 
 

@@ -215,7 +215,7 @@ def plant(folder: Path, mutant) -> None:
         (folder / "lowfat" / name).write_text(source.replace(text, replacement))
 
 
-def judge(mutant) -> str | None:
+def judge(mutant, checks) -> str | None:
     """The name of the first check that fails; None where all pass."""
     with tempfile.TemporaryDirectory() as folder:
         plant(Path(folder), mutant)
@@ -240,18 +240,18 @@ def judge(mutant) -> str | None:
     return None
 
 
-def run() -> None:
+def run(mutants, checks) -> None:
     import pytest  # noqa: F401  (what every child imports is imported once, before the forks)
     import torch._dynamo.testing
     import torch._subclasses  # noqa: F401
     import torch.utils.checkpoint
     torch.set_num_threads(1)
     os.environ["LOWFAT_DISABLE_KERNELS"] = "1"  # the copy has no compiled library
-    for i, mutant in enumerate([None, *MUTANTS]):
+    for i, mutant in enumerate([None, *mutants]):
         read, write = os.pipe()
         if (child := os.fork()) == 0:
             try:
-                os.write(write, json.dumps(judge(mutant)).encode())
+                os.write(write, json.dumps(judge(mutant, checks)).encode())
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -265,4 +265,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    run(MUTANTS, checks)

@@ -1,4 +1,5 @@
-"""T-mutants: runs mutants.py once; every planted bug must be caught by a check, and the right source by none."""
+"""T-mutants: runs mutants.py and sparse_mutants.py once; every planted bug must be caught by a check, and the right source by
+none."""
 import json
 import subprocess
 import sys
@@ -9,26 +10,31 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import mutants  # noqa: E402  (beside this file, and run as a program by it)
+import sparse_mutants  # noqa: E402
 
-
-pytestmark = pytest.mark.xdist_group("op mutants")  # one run for all who ask
+PROGRAMS = {"low_rank": mutants, "sparse": sparse_mutants}
+ROWS = [pytest.param(name, number, marks=pytest.mark.xdist_group(f"mutants of {name}"))  # one run for all who ask
+        for name, program in PROGRAMS.items() for number in range(len(program.MUTANTS))]
 
 
 @cache
-def caught():
-    done = subprocess.run([sys.executable, mutants.__file__], capture_output=True, text=True, timeout=300)
+def caught(name):
+    program = PROGRAMS[name]
+    done = subprocess.run([sys.executable, program.__file__], capture_output=True, text=True, timeout=300)
     found = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert len(found) == len(mutants.MUTANTS) + 1 and found[-1] != "died", done.stderr[-4000:]
+    assert len(found) == len(program.MUTANTS) + 1 and found[-1] != "died", done.stderr[-4000:]
     return found
 
 
 @pytest.mark.timeout(300)
-def test_the_right_source_passes_every_check():
-    assert caught()[-1] is None
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(f"mutants of {name}")) for name in PROGRAMS])
+def test_the_right_source_passes_every_check(name):
+    assert caught(name)[-1] is None
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", range(len(mutants.MUTANTS)))
-def test_caught(number):
-    found = caught()[number]
-    assert found not in (None, "died") and not found.startswith("import:"), (found, mutants.MUTANTS[number])
+@pytest.mark.parametrize("name, number", ROWS)
+def test_caught(name, number):
+    found = caught(name)[number]
+    mutant = PROGRAMS[name].MUTANTS[number]
+    assert found not in (None, "died") and not found.startswith("import:"), (found, mutant)

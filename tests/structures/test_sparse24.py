@@ -128,7 +128,8 @@ def test_in_the_dtype_of_the_weight(dtype):
     ({"n": 5}, ShapeError, "n must be between 1 and m, which is 4; found 5"),
     ({"n": 0}, ShapeError, "n must be at least 1, found 0"), ({"m": 0}, ShapeError, "m must be at least 1, found 0"),
     ({"n": 2.0}, ArgumentError, "n must be a whole number, found 2.0"), ({"m": True}, ArgumentError, "found True"),
-    ({"out_features": 0}, ShapeError, "out_features must be at least 1"), ({"in_features": "8"}, ArgumentError, "in_features"),
+    ({"out_features": 0}, ShapeError, "out_features must be at least 1"),
+    ({"in_features": "8"}, ArgumentError, "in_features"),
 ])
 def test_impossible_sizes(arguments, error, text):
     with pytest.raises(error, match=text):
@@ -136,9 +137,9 @@ def test_impossible_sizes(arguments, error, text):
 
 
 @pytest.mark.parametrize("make, error, text", [
-    (lambda w, keep: Sparse24.from_mask(w, keep[:, :8]), ShapeError, r"keep must be bool \[5, 12\], found torch.bool \[5, 8\]"),
+    (lambda w, keep: Sparse24.from_mask(w, keep[:, :8]), ShapeError, r"keep must be bool \[5, 12\], found .* \[5, 8\]"),
     (lambda w, keep: Sparse24.from_mask(w, keep.float()), ShapeError, r"keep must be bool \[5, 12\], found torch.float32"),
-    (lambda w, keep: Sparse24.from_mask(w, keep | (torch.arange(12) == 6)), ShapeError, "has 3 of inputs 4..7 in row 0, is no 2:4"),
+    (lambda w, keep: Sparse24.from_mask(w, keep | (torch.arange(12) == 6)), ShapeError, "3 of inputs 4..7 in row 0, is no 2:4"),
     (lambda w, keep: Sparse24.from_mask(w, w != 0), ShapeError, "has 4 of inputs 0..3 in row 0, is no 2:4"),
     (lambda w, keep: Sparse24.from_mask(w, keep, n=1), ShapeError, "has 2 of inputs 0..3 in row 0, is no 1:4"),
     (lambda w, keep: Sparse24.from_mask(w, keep, m=5), ShapeError, "multiple of 5"),

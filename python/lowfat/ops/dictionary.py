@@ -81,7 +81,7 @@ def check_support(support: Tensor, blocks: int, atoms: int, nonzeros: int) -> No
                                   f"zero there")
         return
     before = torch.cat([found.new_full((*found.shape[:2], 1), -1), found[..., :-1]], dim=-1)
-    bad = (found <= before) | (found < 0) | (found >= atoms)
+    bad = (found <= before) | (found >= atoms)
     for row, block, i in bad.nonzero()[:1].tolist():
         after = f" and above the one before it, which is {int(found[row, block, i - 1])}" if i > 0 else ""
         raise IndexRangeError(f"{OP}: support has {int(found[row, block, i])} in place {i} of block {block} of row {row}, "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
-from ..linalg import require_finite, truncated_svd
+from ..linalg import truncated_svd
 from ..ops.bitmap import pack, places, words
 from ..ops.dictionary import MAX_POSITIONS, check_support, coefficients, dictionary, kept_atoms, split_rows
 from .monarch import from_blocks, to_blocks
@@ -121,7 +121,6 @@ class Dictionary(Structure):
         if atoms > most:
             raise ShapeError(f"atoms must be between 1 and {most}, the smaller side of a block of {ceil(n / p_out)} x "
                              f"{ceil(k / q)}; found {atoms}")
-        require_finite(weight, "weight")
         made = to_blocks(weight, (q, p_out), interleave=False)  # [P, Q, rows, p]
         solved = [truncated_svd(block, atoms) for row in made for block in row]
         d = torch.stack([vt for _, _, vt, _ in solved]).unflatten(0, (p_out, q))
