@@ -10,8 +10,9 @@ from .ops import low_rank
 from .plan import Choice, Plan, plan
 from .recovery import finetune, staged, straight_through
 from .stats import Stats
-from .structures import Dictionary, LowRank, LowRankGroup, Monarch, Sparse24
+from .structures import Dictionary, LowRank, LowRankGroup, Monarch, Sparse24, Sum
 
-__all__ = ["Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Plan", "Report", "Sparse24",
-           "Stats", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks",
-           "kernels", "load", "low_rank", "plan", "save", "staged", "straight_through", "ungroup_blocks"]
+__all__ = ["Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Plan", "Report",
+           "Sparse24", "Stats", "Sum", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize",
+           "finetune", "group_blocks", "kernels", "load", "low_rank", "plan", "save", "staged", "straight_through",
+           "ungroup_blocks"]

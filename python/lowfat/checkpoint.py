@@ -16,7 +16,7 @@ from .errors import ArgumentError, FormatError, IntegrityError, LowfatError, Num
 from .on_import import when_imported
 from .pooling import carry_pooling
 from .strict_json import read_json
-from .structures import STRUCTURES, LowRankGroup, Structure
+from .structures import STRUCTURES, LowRankGroup, Structure, structures
 from .validate import FORMAT, INDEX, WEIGHTS, check_config, check_depth, check_quantization, read_headers, weight_files
 
 # files of an earlier checkpoint that must not stay in a folder with a new one: transformers would find them first
@@ -94,13 +94,12 @@ def export_dense(model: nn.Module, out: str | Path, *, tokenizer=None, overwrite
     if model.can_generate():
         dense.generation_config = model.generation_config
     state = model.state_dict()
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, Structure):
-            for key in layer.state_dict():
-                if key != "bias":
-                    del state[f"{name}.{key}"]
-            is_linear = type(dense.get_submodule(name)) is nn.Linear
-            state[f"{name}.weight"] = layer.dense() if is_linear else layer.dense().T  # Conv1D stores [k, n]
+    for name, layer in structures(model, remove_duplicate=False):
+        for key in layer.state_dict():
+            if key != "bias":
+                del state[f"{name}.{key}"]
+        is_linear = type(dense.get_submodule(name)) is nn.Linear
+        state[f"{name}.weight"] = layer.dense() if is_linear else layer.dense().T  # Conv1D stores [k, n]
 
     def fill(folder):
         _original(PreTrainedModel)(dense, folder, state_dict=state, max_shard_size=max_shard_size)
@@ -129,13 +128,13 @@ def describe(model: nn.Module) -> tuple[dict[str, dict], dict[str, str]]:
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, LowRankGroup):
             raise UnsupportedError(f"{name} is a LowRankGroup; put its layers() back before saving")
-        if isinstance(layer, Structure):
-            if type(layer).__name__ not in STRUCTURES:
-                raise UnsupportedError(f"{name} is a {type(layer).__name__}; known structures: {', '.join(STRUCTURES)}")
-            modules[name] = {"structure": type(layer).__name__, **layer.shape()}
-            for key, parameter in layer.named_parameters(recurse=False):
-                if (other := first.setdefault(id(parameter), f"{name}.{key}")) != f"{name}.{key}":
-                    ties[f"{name}.{key}"] = other
+    for name, layer in structures(model, remove_duplicate=False):
+        if type(layer).__name__ not in STRUCTURES:
+            raise UnsupportedError(f"{name} is a {type(layer).__name__}; known structures: {', '.join(STRUCTURES)}")
+        modules[name] = {"structure": type(layer).__name__, **layer.shape()}
+        for key, parameter in layer.named_parameters(remove_duplicate=False):
+            if (other := first.setdefault(id(parameter), f"{name}.{key}")) != f"{name}.{key}":
+                ties[f"{name}.{key}"] = other
     return modules, ties
 
 

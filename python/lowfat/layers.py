@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedError
-from .structures import Structure
+from .structures import Structure, structures
 
 _READ_FROM_OUTSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these use `.weight` of their parts, not the parts
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -80,7 +80,7 @@ def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, n
             if parameter is not None:
                 users.setdefault(_storage_key(parameter), []).append(f"{name}.{leaf}".lstrip("."))
     matched = _matched(model, patterns)
-    linear, reasons = {}, {}
+    linear, reasons, factorized = {}, {}, dict(structures(model))
     for name, module in model.named_modules():
         if is_linear(module):
             others = [user for user in users[_storage_key(module.weight)] if user != f"{name}.weight".lstrip(".")]
@@ -91,9 +91,9 @@ def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, n
                 linear[name] = module
             else:
                 reasons[name] = reason
-        elif isinstance(module, Structure):
+        elif name in factorized:
             reasons[name] = f"already {type(module).__name__}"
-        else:
+        elif not isinstance(module, Structure):
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() > 1:
                     reasons[f"{name}.{leaf}".lstrip(".")] = _why_no_linear(module, parameter)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, NumericsError
 from .layers import dense_weight, factorizable, sizes
 from .linalg import gram_of, require_finite, spectrum
-from .structures import Structure
+from .structures import Structure, structures
 
 SHARES = (0.5, 0.9, 0.99)  # of the energy, for which the table names the rank
 
@@ -83,8 +83,8 @@ def spectra(model: nn.Module, *, base: nn.Module | None = None, layers: Sequence
 
 
 def _chosen(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
-    factorized = {name for name, module in model.named_modules() if isinstance(module, Structure)
-                  and (patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns))}
+    factorized = {name for name, _ in structures(model)
+                  if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)}
     try:
         dense = factorizable(model, patterns)
     except ArgumentError:  # nothing dense is left to factorize

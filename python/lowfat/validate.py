@@ -68,11 +68,12 @@ def build(name: str, spec) -> Structure:
 
 def _shape(name, modules: dict[str, dict]) -> torch.Size:
     """The shape of the parameter that ties call `name`."""
-    module, _, key = name.rpartition(".") if isinstance(name, str) else ("", "", "")
-    parameters = dict(build(module, modules[module]).named_parameters()) if module in modules else {}
-    if key not in parameters:
-        raise FormatError(f"{HERE}.ties names {name!r}, which is no parameter of an entry of modules")
-    return parameters[key].shape
+    owners = [module for module in modules if isinstance(name, str) and name.startswith(f"{module}.")]
+    for module in owners:
+        parameters = dict(build(module, modules[module]).named_parameters())
+        if (key := name.removeprefix(f"{module}.")) in parameters:
+            return parameters[key].shape
+    raise FormatError(f"{HERE}.ties names {name!r}, which is no parameter of an entry of modules")
 
 
 def check_config(config) -> None:

@@ -129,8 +129,8 @@ def checks():
                                          for keep in (False, True) for needs in range(32) if not needs & 8]),
         ("given middle", dictionary.test_backward_reads_the_middle_it_is_given),
         ("dictionary asks", dictionary.test_asks_backward_only_for_what_is_wanted),
-        ("empty block", lambda: dictionary.test_gradients_within_the_gates(dictionary.SHAPES["empty block"], "positions", single,
-                                                                           "cpu")),
+        ("empty block", lambda: dictionary.test_gradients_within_the_gates(dictionary.SHAPES["empty block"], "positions",
+                                                                           single, "cpu")),
         ("dictionary forms", lambda: dictionary.test_both_forms_give_the_same_bits(blocks, single)),
         ("far positions", dictionary.test_positions_reach_no_further_than_int16),
     )
@@ -142,7 +142,8 @@ def checks():
                                                sparse.test_bad_bits_touch_nothing_else(bad, 5, single)]
     for form, bad in dictionary.BAD:
         yield f"{form}: {bad}", lambda form=form, bad=bad: [
-            dictionary.test_bad_supports_are_found(form, bad), dictionary.test_bad_supports_touch_nothing_else(form, bad, 5, single)]
+            dictionary.test_bad_supports_are_found(form, bad),
+            dictionary.test_bad_supports_touch_nothing_else(form, bad, 5, single)]
     for bad in sparse.BAD_KINDS:
         yield f"no mask: {bad}", lambda bad=bad: sparse.test_what_is_no_mask_is_refused_by_name(bad)
     for parameters in dictionary.test_what_is_no_support_is_refused_by_name.pytestmark[1].args[1]:

@@ -1,5 +1,5 @@
-"""T-mutants: runs mutants.py and sparse_mutants.py once; every planted bug must be caught by a check, and the right source by
-none."""
+"""T-mutants: runs mutants.py and sparse_mutants.py once; every planted bug must be caught by a check, and the right source
+by none."""
 import json
 import subprocess
 import sys
@@ -13,7 +13,8 @@ import mutants  # noqa: E402  (beside this file, and run as a program by it)
 import sparse_mutants  # noqa: E402
 
 PROGRAMS = {"low_rank": mutants, "sparse": sparse_mutants}
-ROWS = [pytest.param(name, number, marks=pytest.mark.xdist_group(f"mutants of {name}"))  # one run for all who ask
+ONE_RUN = {name: pytest.mark.xdist_group(f"mutants of {name}") for name in PROGRAMS}  # for all who ask
+ROWS = [pytest.param(name, number, marks=ONE_RUN[name])
         for name, program in PROGRAMS.items() for number in range(len(program.MUTANTS))]
 
 
@@ -27,7 +28,7 @@ def caught(name):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(f"mutants of {name}")) for name in PROGRAMS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ONE_RUN[name]) for name in PROGRAMS])
 def test_the_right_source_passes_every_check(name):
     assert caught(name)[-1] is None
 

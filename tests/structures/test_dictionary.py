@@ -12,7 +12,7 @@ from lowfat.errors import ArgumentError, DtypeError, IndexRangeError, NumericsEr
 from lowfat.ops.bitmap import pack
 from lowfat.structures import STRUCTURES, Dictionary, LowRank, Monarch
 
-# in, out and arguments: one block, all kept, more blocks either way, those that do not divide, an empty one, dense atoms, 2:4
+# in, out and arguments: one block, all kept, more blocks either way, ragged ones, an empty one, dense atoms, 2:4
 LAYERS = [(16, 20, dict(atoms=8, nonzeros=3)), (16, 20, dict(atoms=16, nonzeros=16)),
           (24, 20, dict(atoms=5, nonzeros=2, blocks=(4, 3))), (13, 19, dict(atoms=4, nonzeros=4, blocks=(3, 2))),
           (7, 9, dict(atoms=2, nonzeros=1, blocks=(4, 3))), (16, 20, dict(atoms=10, nonzeros=5, dense_atoms=3)),

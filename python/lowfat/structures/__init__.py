@@ -3,8 +3,10 @@ from .dictionary import Dictionary
 from .low_rank import LowRank, LowRankGroup
 from .monarch import Monarch
 from .sparse24 import Sparse24
-from .structure import Structure
+from .structure import Structure, structures
+from .sum import PARTS, Sum
 
-STRUCTURES = {c.__name__: c for c in (LowRank, Monarch, Sparse24, Dictionary)}
+STRUCTURES = PARTS | {"Sum": Sum}
 
-__all__ = ["STRUCTURES", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Sparse24", "Structure"]
+__all__ = ["STRUCTURES", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Sparse24", "Structure", "Sum",
+           "structures"]

@@ -1,4 +1,5 @@
 """What every factorized linear layer has in common with the others, and with `nn.Linear`."""
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,3 +55,12 @@ def check_counts(least: int = 1, **counts: int) -> None:
             raise ArgumentError(f"{name} must be a whole number, found {count!r}")
         if count < least:
             raise ShapeError(f"{name} must be at least {least}, found {count}")
+
+
+def structures(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Structure]]:
+    """(name, layer) of a model's structures, without those that are a part of another."""
+    outer = None
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, Structure) and (outer is None or not name.startswith(outer)):
+            outer = f"{name}." if name else ""
+            yield name, module
