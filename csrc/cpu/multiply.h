@@ -30,16 +30,17 @@ template <class V>
 struct Steps {
   explicit Steps(const Product& product)
       : rows(product.rows), depth(product.depth), chunk(depth < kChunk ? depth : kChunk),
-        chunks(chunk > 0 ? (depth + chunk - 1) / chunk : 1) {
+        segment_chunks(chunk > 0 ? (depth + chunk - 1) / chunk : 1), chunks(product.segments * segment_chunks) {
     const int64_t tile_bytes = V::kRows * ((chunk + V::kStep - 1) / V::kStep * V::kStep) * kSize;
     group_rows = V::kRows * (tile_bytes == 0 || tile_bytes >= kGroupBytes ? 1 : kGroupBytes / tile_bytes);
+    if (chunks > 1 && group_rows * kBlockGroups > kMaxBlockRows) group_rows = kMaxBlockRows / kBlockGroups;
   }
 
   static constexpr int64_t kSize = sizeof(typename V::Weight);
   static constexpr int64_t kTileNumbers = V::kRows * kChunk;
   static constexpr int64_t kMaxGroupNumbers = kGroupBytes / kSize > kTileNumbers ? kGroupBytes / kSize : kTileNumbers;
   static constexpr int64_t kMaxBlockRows = V::kRows * kBlockGroups * (kGroupBytes / (V::kRows * kChunk * kSize) + 1);
-  const int64_t rows, depth, chunk, chunks;
+  const int64_t rows, depth, chunk, segment_chunks, chunks;
   int64_t group_rows;
 };
 
@@ -65,13 +66,28 @@ class Ahead {
 
   // Of the first row, and from row to row. An integer, because it may lie outside of the tensor: it is only ever prefetched.
   uintptr_t address() const {
+    if constexpr (V::kMasked) return values_address();
     const void* from = in_next() && product_.then ? product_.then : product_.w;
     const int64_t elements = in_next() ? next_row_ * steps_.chunk : row() * steps_.depth + chunk_ * steps_.chunk;
     return reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(elements * steps_.kSize);
   }
-  int64_t row_bytes() const { return (in_next() ? steps_.chunk : steps_.depth) * steps_.kSize; }
+  int64_t row_bytes() const {
+    if constexpr (V::kMasked) return product_.segments * product_.kept * steps_.kSize;
+    return (in_next() ? steps_.chunk : steps_.depth) * steps_.kSize;
+  }
+  int64_t bytes() const {  // of a masked row's values in a chunk, about
+    return steps_.depth > 0 ? steps_.chunk * product_.kept * steps_.kSize / steps_.depth : 0;
+  }
 
  private:
+  // About: where a chunk's values begin, the bits before it say.
+  uintptr_t values_address() const {
+    const int64_t before = chunk_ % steps_.segment_chunks * steps_.chunk;
+    const int64_t values = (row() * product_.segments + chunk_ / steps_.segment_chunks) * product_.kept +
+                           (before > 0 ? before * product_.kept / steps_.depth : 0);
+    return reinterpret_cast<uintptr_t>(product_.w) + static_cast<uintptr_t>(values * steps_.kSize);
+  }
+
   int64_t row() const { return block_ + group_ * steps_.group_rows; }
   bool in_next() const { return row() >= steps_.rows; }
 
@@ -87,6 +103,7 @@ class Ahead {
 template <class V, int kStep>
 struct Packed {
   using Input = float;
+  static constexpr bool kMasked = false;
 
   static int64_t padded(int64_t depth) { return depth < kChunk ? (depth + kStep - 1) / kStep * kStep : kChunk; }
   static int64_t x_stride(const Product& product) { return padded(product.depth); }
@@ -116,6 +133,7 @@ struct Packed {
 template <class Element>
 struct Unprepared {
   using Input = Element;
+  static constexpr bool kMasked = false;
   static int64_t x_stride(const Product& product) { return product.x_row; }
   static int64_t x_at(const Product& product, int64_t chunk, int64_t token) {
     return token * product.x_row + chunk * kChunk;
@@ -127,11 +145,13 @@ struct Unprepared {
 // One chunk of one group: what is read, and where the sums go.
 struct Step {
   int64_t first_row, last_row;
-  int64_t chunk, first_d, last_d;
+  int64_t chunk, first_d, last_d;  // of its segment
+  bool is_first, is_last;          // chunk of all
   float* partial;           // [tiles, kMostTokens, V::kRows]: the group's sums over earlier chunks
   float* widened;           // scratch: the group's chunk as floats, in the order of use, for every pass after the first
   uintptr_t ahead;          // what this step asks for: as many rows
   int64_t ahead_row_bytes;
+  int64_t ahead_bytes;      // of each, if masked
 };
 
 // Always inline, and a part per call instead of a loop: otherwise the compiler keeps the sums in memory, 60 % slower at
@@ -185,6 +205,57 @@ __attribute__((always_inline)) inline typename V::Wide load_wide(const typename 
   return wide;
 }
 
+// --- masked rows ---
+
+constexpr int64_t mask_words(int64_t depth) { return (depth + 31) / 32; }
+
+// Where the values run out: they are copied first, as many as there are.
+template <class V>
+__attribute__((noinline)) typename V::Wide expand_last(uint32_t bits, const typename V::Weight* values, int64_t left) {
+  typename V::Weight padded[V::kStep] = {};
+  for (int64_t i = 0; i < left && i < V::kStep; ++i) padded[i] = values[i];
+  return V::expand(bits, padded);
+}
+
+// Inputs d to d + V::kStep of a row, from the values at `at` on, which moves past them. `total` values are all there are.
+template <class V>
+__attribute__((always_inline)) inline typename V::Wide take(const typename V::Weight* values, int64_t total,
+                                                            const uint32_t* mask, int64_t d, int64_t& at) {
+  const uint32_t bits = V::kStep == 32 ? mask[d / 32] : mask[d / 32] >> (d % 32) & ((1ull << V::kStep) - 1);
+  const int64_t from = at;
+  at += V::count(bits);
+  if (__builtin_expect(from <= total - V::kStep, 1)) return V::expand(bits, values + from);
+  return expand_last<V>(bits, values + (from < total ? from : total), total - from);
+}
+
+// A masked group's chunk to step.widened, in the order of use. cursors: where each row's values of this segment go on, if it
+// has more than one chunk.
+template <class V>
+__attribute__((noinline)) void expand_group(const Product& product, const Step& step, int64_t segment, int64_t* cursors) {
+  constexpr int kLanes = V::kStep / V::kParts;
+  const auto* values = static_cast<const typename V::Weight*>(product.w);
+  const int64_t row_values = product.segments * product.kept, total = product.rows * row_values;
+  const int64_t words = mask_words(product.depth), count = step.last_d - step.first_d;
+  const int64_t steps = (count + V::kStep - 1) / V::kStep;
+  uintptr_t ahead = step.ahead;
+  for (int64_t first = 0; first < step.last_row - step.first_row; first += V::kRows) {
+    for (int i = 0; i < V::kRows; ++i, ahead += static_cast<uintptr_t>(step.ahead_row_bytes)) {
+      const int64_t tile_row = step.first_row + first + i;
+      const int64_t row = tile_row < product.rows ? tile_row : product.rows - 1;  // the last row again: its sums are dropped
+      const uint32_t* mask = product.mask + (row * product.segments + segment) * words + step.first_d / 32;
+      int64_t at = step.first_d > 0 ? cursors[first + i] : row * row_values + segment * product.kept;
+      float* to = step.widened + (first * steps + i) * V::kStep;
+      for (int64_t d = 0; d < count; d += V::kStep, to += V::kRows * V::kStep) {
+        const auto wide = take<V>(values, total, mask, d, at);
+        for (int part = 0; part < V::kParts; ++part) V::store_part(to + part * kLanes, wide.part[part]);
+      }
+      for (int64_t bytes = 0; bytes < step.ahead_bytes; bytes += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(bytes)), 0, 2);  // into L2
+      if (cursors) cursors[first + i] = at;
+    }
+  }
+}
+
 // kAhead: of how many rows of each tile this pass asks for the tile ahead, from row ahead_row on.
 template <class V, int kTokens, int kAhead, Widen kWiden>
 __attribute__((noinline)) void multiply_group(const Product& product, const Step& step, int64_t token, int64_t ahead_row) {
@@ -195,12 +266,12 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
   const auto* all_w = static_cast<const Weight*>(product.w);
   const auto* bias = static_cast<const Weight*>(product.bias);
   float* widened = step.widened;
-  const bool is_first = step.first_d == 0, is_last = step.last_d == depth;
 
   for (int64_t row = step.first_row; row < step.last_row; row += V::kRows) {
     const int64_t here = product.rows - row < V::kRows ? product.rows - row : V::kRows;
-    const Weight* w[V::kRows];  // past the last row: the last row again, and its sums are dropped
-    for (int i = 0; i < V::kRows; ++i) w[i] = all_w + (row + (i < here ? i : here - 1)) * depth + step.first_d;
+    const Weight* w[V::kRows] = {};  // past the last row: the last row again, and its sums are dropped
+    if constexpr (!V::kMasked)
+      for (int i = 0; i < V::kRows; ++i) w[i] = all_w + (row + (i < here ? i : here - 1)) * depth + step.first_d;
     const uintptr_t ahead = step.ahead + static_cast<uintptr_t>((row - step.first_row + ahead_row) * step.ahead_row_bytes);
 
     typename V::Sum sums[kTokens][V::kRows];
@@ -223,7 +294,7 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
 
     float* partial = step.partial + (row - step.first_row) * kMostTokens + token * V::kRows;
     auto* y = static_cast<Weight*>(product.y) + token * product.y_row + row;
-    finish<V, kTokens, 0>(sums, is_first ? nullptr : partial, is_last ? nullptr : partial, y, product.y_row,
+    finish<V, kTokens, 0>(sums, step.is_first ? nullptr : partial, step.is_last ? nullptr : partial, y, product.y_row,
                           bias ? bias + row : nullptr, here);
   }
 }
@@ -245,9 +316,10 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
   const int64_t passes = (product.m + V::kTokens - 1) / V::kTokens;
   constexpr int kShare = (V::kRows + 1) / 2;  // of each tile ahead, for each of the first two passes
   constexpr Widen kFirst = V::kParts > 1 ? Widen::keep : Widen::forget;
-  constexpr Widen kLater = V::kParts > 1 ? Widen::reuse : Widen::forget;
-  alignas(64) float widened[V::kParts > 1 ? Steps<V>::kMaxGroupNumbers : 1];
+  constexpr Widen kLater = V::kParts > 1 || V::kMasked ? Widen::reuse : Widen::forget;
+  alignas(64) float widened[V::kParts > 1 || V::kMasked ? Steps<V>::kMaxGroupNumbers : 1];
   alignas(64) float partial[kMostTokens * Steps<V>::kMaxBlockRows];
+  int64_t cursors[V::kMasked ? Steps<V>::kMaxBlockRows : 1];
   Ahead<V> ahead(product, steps, first_tile * V::kRows);
 
   for (int64_t block = first_tile * V::kRows; block < last_row; block += block_rows) {
@@ -255,16 +327,23 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
     for (int64_t chunk = 0; chunk < steps.chunks; ++chunk) {
       for (int64_t row = block; row < block_end; row += steps.group_rows, ahead.advance()) {
         const int64_t group_end = row + steps.group_rows < block_end ? row + steps.group_rows : block_end;
-        const int64_t last_d = chunk + 1 < steps.chunks ? (chunk + 1) * steps.chunk : product.depth;
-        const Step step{row, group_end, chunk, chunk * steps.chunk, last_d, partial + (row - block) * kMostTokens, widened,
-                        ahead.address(), ahead.row_bytes()};
-        if (passes == 1) {
+        const int64_t first_d = chunk % steps.segment_chunks * steps.chunk;
+        const int64_t last_d = steps.depth - first_d < steps.chunk ? steps.depth : first_d + steps.chunk;
+        const Step step{row, group_end, chunk, first_d, last_d, chunk == 0, chunk + 1 == steps.chunks,
+                        partial + (row - block) * kMostTokens, widened, ahead.address(), ahead.row_bytes(),
+                        ahead.bytes()};
+        if constexpr (V::kMasked) {
+          expand_group<V>(product, step, chunk / steps.segment_chunks,
+                          steps.segment_chunks > 1 ? cursors + (row - block) : nullptr);
+        } else if (passes == 1) {
           multiply_tokens<V, V::kRows, Widen::forget>(product, step, 0, product.m, 0);
           continue;
         }
         for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
           const int64_t tokens = product.m / passes + (pass < product.m % passes ? 1 : 0);  // as even as can be
-          if (pass == 0)
+          if constexpr (V::kMasked)
+            multiply_tokens<V, 0, kLater>(product, step, token, tokens, 0);
+          else if (pass == 0)
             multiply_tokens<V, kShare, kFirst>(product, step, token, tokens, 0);
           else if (pass == 1)
             multiply_tokens<V, kShare, kLater>(product, step, token, tokens, kShare);
@@ -289,6 +368,8 @@ inline float widen(uint16_t value) {
   __builtin_memcpy(&wide, &bits, 4);
   return wide;
 }
+
+inline float widen(float value) { return value; }
 
 inline uint16_t round_to_bf16(float value) {  // to nearest even; NaN stays NaN
   uint32_t bits;

@@ -18,6 +18,13 @@ struct Product {
   int64_t m, depth, rows;
   int64_t x_row, y_row;
   const void* then;  // what is read after w, prefetched towards the end of it; or null
+
+  // Of a product whose w holds only what is kept of each row, in ascending order, [rows, segments kept]: which inputs these
+  // are, by a bitmap (masked) or by their numbers.
+  const uint32_t* mask = nullptr;      // [rows, segments, ceil(depth / 32)], input j is bit j % 32 of word j / 32
+  const int16_t* positions = nullptr;  // [rows, segments, kept]
+  int64_t segments = 1;                // pieces of `depth` that an input row consists of
+  int64_t kept = 0;                    // of a row and segment
 };
 
 // One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone,
@@ -32,8 +39,21 @@ struct Kernel {
 // float32 or bfloat16, m up to kMostTokens.
 Kernel kernel(CpuLevel level, Dtype dtype, int64_t m);
 
+// The same of products by mask and by positions. Where these are not what they should be, the result is wrong and nothing
+// else: nothing outside of the tensors is read. prepare() is for one segment; the prepared ones follow each other.
+Kernel masked_kernel(CpuLevel level, Dtype dtype, int64_t m);
+Kernel positions_kernel(CpuLevel level, Dtype dtype, int64_t m);
+
+constexpr int64_t kStreamTokens = 2;  // rows of x up to which memory is all there is, and a masked w is best read straight through
+
 Kernel kernel_scalar(Dtype dtype);
 Kernel kernel_avx2(Dtype dtype);
 Kernel kernel_avx512(Dtype dtype, int64_t m);
+Kernel masked_kernel_scalar(Dtype dtype, int64_t m);
+Kernel masked_kernel_avx2(Dtype dtype, int64_t m);
+Kernel masked_kernel_vbmi2(Dtype dtype, int64_t m);
+Kernel positions_kernel_scalar(Dtype dtype, int64_t m);
+Kernel positions_kernel_avx2(Dtype dtype, int64_t m);
+Kernel positions_kernel_avx512(Dtype dtype, int64_t m);
 
 }  // namespace cpu

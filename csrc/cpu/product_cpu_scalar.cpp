@@ -1,6 +1,7 @@
 // Decode for any CPU: no instruction beyond the compiler's baseline (SSE2 or NEON through the compiler's own 4-wide
 // vectors).
-#include "cpu/multiply.h"
+#include "cpu/masked.h"
+#include "cpu/positions.h"
 
 namespace cpu {
 namespace {
@@ -41,6 +42,7 @@ struct Scalar : Packed<Scalar<Element>, 4> {
   }
   template <int>
   static Float4 load_x(const float* p, int64_t) { return load4(p); }
+  static Float4 load_part(const float* from) { return load4(from); }
   static void store_part(float* to, Float4 part) { __builtin_memcpy(to, &part, sizeof(part)); }
   static Sum multiply_add(Float4 w, Float4 x, Sum sum) { return sum + w * x; }
   template <int>
@@ -61,10 +63,32 @@ struct Scalar : Packed<Scalar<Element>, 4> {
   }
 };
 
+template <class Element>
+struct Expand {
+  static int count(uint32_t bits) { return 0x4332322132212110 >> (4 * bits) & 15; }  // of four bits: a digit for each of 16
+  static typename Scalar<Element>::Wide expand(uint32_t bits, const Element* values) {
+    Element spread[4];
+    for (uint32_t lane = 0, next = 0; lane < 4; ++lane) {
+      spread[lane] = bits >> lane & 1 ? values[next] : Element{0};
+      next += bits >> lane & 1;
+    }
+    return Scalar<Element>::load(spread);
+  }
+};
+
 }  // namespace
+
+Kernel masked_kernel_scalar(Dtype dtype, int64_t m) {
+  return dtype == Dtype::float32 ? masked_kernel_of<Scalar<float>, Expand<float>>(m)
+                                 : masked_kernel_of<Scalar<uint16_t>, Expand<uint16_t>>(m);
+}
 
 Kernel kernel_scalar(Dtype dtype) {
   return dtype == Dtype::float32 ? kernel_of<Scalar<float>>() : kernel_of<Scalar<uint16_t>>();
+}
+
+Kernel positions_kernel_scalar(Dtype dtype, int64_t m) {
+  return dtype == Dtype::float32 ? positions_kernel_of<float>(m) : positions_kernel_of<uint16_t>(m);
 }
 
 }  // namespace cpu
