@@ -49,7 +49,7 @@ __attribute__((always_inline)) inline void add_step(typename V::Sum (&chains)[kT
 template <class V, int kTokens>
 __attribute__((always_inline)) inline void add_row(const Product& product, int64_t row,
                                                    typename V::Sum (&sums)[kTokens][V::kRows], int place) {
-  constexpr int kChains = 4 / kTokens;
+  constexpr int kChains = kTokens == 1 ? 4 : 2;
   constexpr int64_t kTogether = kChains * V::kStep;
   const auto* values = static_cast<const typename V::Weight*>(product.w);
   const auto* x = static_cast<const typename V::Input*>(product.x);
@@ -110,7 +110,9 @@ struct Grouped : V, Expand {
 
 template <class V>
 Kernel stream_of(int64_t m) {
-  return {V::kRows, &V::prepared_bytes, &V::prepare, m == 1 ? &stream<V, 1> : &stream<V, kStreamTokens>};
+  static constexpr decltype(Kernel::multiply) kOf[] = {&stream<V, 1>, &stream<V, 2>, &stream<V, 3>, &stream<V, 4>};
+  static_assert(sizeof(kOf) == kStreamTokens * sizeof(*kOf));
+  return {V::kRows, &V::prepared_bytes, &V::prepare, kOf[m - 1]};
 }
 
 // Element: of x as V multiplies it.

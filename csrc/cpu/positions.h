@@ -25,13 +25,13 @@ struct Positions {
       for (int64_t t = 0; t < kTokens; ++t) *to++ = t < product.m ? widen(x[t * product.x_row + d]) : 0.0f;
   }
 
-  // Inputs of a row in four chains, since one would wait for itself.
+  // Inputs of a row in four chains, since one would wait for itself; each list for itself, since short sums round less.
   static void sum_row(const Product& product, int64_t row, float* sums) {
     const auto* x = static_cast<const float*>(product.x);
     const auto* values = static_cast<const Element*>(product.w) + row * product.segments * product.kept;
     const int16_t* positions = product.positions + row * product.segments * product.kept;
     const auto most = static_cast<uint16_t>(product.depth - 1);  // numbers that there are not mean this one
-    Sum chains[4] = {};
+    Sum total = {};
     for (int64_t segment = 0; segment < product.segments; ++segment, x += product.depth * kTokens) {
       for (int64_t first = 0; first < product.kept; first += kListed) {
         const int64_t at = segment * product.kept + first;
@@ -43,14 +43,15 @@ struct Positions {
           wide[j] = widen(values[at + j]);
           places[j] = kTokens * (position < most ? position : most);
         }
+        Sum chains[4] = {};
         int64_t j = 0;
         for (; j + 4 <= count; j += 4)
           for (int chain = 0; chain < 4; ++chain) add(chains[chain], wide[j + chain], x + places[j + chain]);
         for (; j < count; ++j) add(chains[0], wide[j], x + places[j]);
+        total += (chains[0] + chains[1]) + (chains[2] + chains[3]);
       }
     }
-    const Sum sum = (chains[0] + chains[1]) + (chains[2] + chains[3]);
-    __builtin_memcpy(sums, &sum, sizeof(sum));
+    __builtin_memcpy(sums, &total, sizeof(total));
   }
 
   static void add(Sum& sum, float value, const float* x) {
