@@ -15,17 +15,20 @@ from typing import Any
 import torch
 
 from lowfat.bench import low_rank
-from lowfat.bench.measure import measure
+from lowfat.bench.dictionary import Dictionary
+from lowfat.bench.measure import measure, reads
 from lowfat.bench.monarch import Monarch
 from lowfat.bench.shapes import Layer, layers
-from lowfat.bench.timing import Pool
+from lowfat.bench.sparse24 import Sparse24
+from lowfat.bench.timing import Pool, microseconds, paired
 from lowfat.measured import header, markdown
 
 ROWS = (1, 4, 8, 16)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COLUMNS = {"shape": "k → n, r", "m": "m", "ran": "ran", "us": "µs", "pair_us": "torch's products µs",
            "faster": "× faster", "quartiles": "quartiles", "gb_per_s": "GB/s", "read": "of a pure read",
-           "dense_us": "dense F.linear µs", "gates": "gates"}
+           "low_rank_us": "low_rank of equal bytes µs", "dense_us": "dense F.linear µs",
+           "dense_read_us": "a read of the dense weight µs", "gates": "gates"}  # those of them that a row has
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,31 @@ def monarch_targets(rows: list[dict]) -> dict[str, dict]:
     return found
 
 
+def sparse24_targets(rows: list[dict]) -> dict[str, dict]:
+    found = {}
+    for row in (row for row in rows if row["m"] == 1 and row["dtype"] == "bfloat16" and row["k"] == row["n"] == 4096):
+        found[f"bfloat16: times faster than dense F.linear, {shape(row)}, m = 1"] = {
+            "found": row["faster"], "at_least": 4, "pure_read": row["pair_us"] / row["floor_us"]}
+        found[f"bfloat16: times faster than a pure read of the dense weight, {shape(row)}, m = 1"] = {
+            "found": row["dense_read_us"] / row["us"], "at_least": 1.5, "pure_read": row["dense_read_us"] / row["floor_us"]}
+    slow = [row["faster"] for row in rows if row["pair_us"] > 20]
+    found["times dense F.linear where that takes over 20 us, least"] = {"found": min(slow, default=math.nan), "at_least": 1}
+    return found
+
+
+def dictionary_targets(rows: list[dict]) -> dict[str, dict]:
+    found = {}
+    mine = [row for row in few_rows(rows, "bfloat16") if row["nonzeros"] * 2 == row["r"]]
+    if mine:
+        least = min(mine, key=lambda row: row["faster"])
+        found[f"bfloat16, a / s = 2: times faster than two F.linear of equal bytes at {counts(mine)}, least ({shape(least)}, "
+              f"m = {least['m']})"] = {"found": least["faster"], "at_least": 1.5, "pure_read": least["pair_us"] / least["floor_us"]}
+        least = min(mine, key=lambda row: row["low_rank_us"] / row["us"])
+        found[f"bfloat16, a / s = 2: speed of low_rank of equal bytes at {counts(mine)}, least ({shape(least)}, "
+              f"m = {least['m']})"] = {"found": least["low_rank_us"] / least["us"], "at_least": 0.85}
+    return found
+
+
 def few_rows(rows: list[dict], dtype: str) -> list[dict]:
     """What the targets of speed are about: m up to 8."""
     return [row for row in rows if row["dtype"] == dtype and row["m"] <= 8]
@@ -78,6 +106,11 @@ BENCHES = {
                       low_rank_targets),
     "monarch": Bench(on_layers(Monarch(64), "4096:4096:1") + on_layers(Monarch(32), "4096:4096:4,1024:1024:1"),
                      "two `torch.bmm` with the permutations between them", monarch_targets),
+    "sparse24": Bench(on_layers(Sparse24(), "4096:4096:2,4096:14336:2,768:3072:2,384:1536:2"), "dense `F.linear`",
+                      sparse24_targets),
+    "dictionary": Bench(on_layers(Dictionary(), "4096:4096:1024,4096:14336:2048,768:3072:192,384:1536:96")
+                        + on_layers(Dictionary(blocks=4), "4096:4096:256") + on_layers(Dictionary(share=32), "4096:4096:1024"),
+                        "two `F.linear` of equal bytes", dictionary_targets),
 }
 
 
@@ -105,7 +138,8 @@ def report(op: str, result: dict) -> str:
     for dtype in DTYPES:
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
         if rows:
-            text += [f"## {dtype}", "", markdown(COLUMNS, [in_words(row) for row in rows])]
+            columns = {key: title for key, title in COLUMNS.items() if key in in_words(rows[0])}
+            text += [f"## {dtype}", "", markdown(columns, [in_words(row) for row in rows])]
     text += ["## Targets", ""]
     text += [f"* {name}: **{one['found']:.2f}** (at least {one['at_least']}: {verdict(one)})"
              for name, one in result["summary"].items()]
@@ -113,15 +147,16 @@ def report(op: str, result: dict) -> str:
 
 
 def shape(row: dict) -> str:
-    return f"{row['k']} → {row['n']}, {row['r']}" + (f" in {row['blocks']} blocks" if "blocks" in row else "")
+    return (f"{row['k']} → {row['n']}, {row['r']}" + (f", {row['nonzeros']} kept" if "nonzeros" in row else "")
+            + (f" in {row['blocks']} blocks" if row.get("blocks", 1) > 1 else ""))
 
 
 def in_words(row: dict) -> dict:
-    return row | {"shape": shape(row), "us": f"{row['us']:.0f}",
-                  "pair_us": f"{row['pair_us']:.0f}", "dense_us": f"{row['dense_us']:.0f}", "read": f"{row['of_floor']:.2f}",
-                  "faster": f"{row['faster']:.2f}", "quartiles": f"{row['faster_low']:.2f}–{row['faster_high']:.2f}",
-                  "gb_per_s": f"{row['gb_per_s']:.1f}",
-                  "gates": "pass" if not row["failed_gates"] else "FAIL " + " ".join(row["failed_gates"])}
+    times = {name: f"{us:.0f}" for name, us in row.items() if name in COLUMNS and name.endswith("us")}
+    return row | times | {
+        "shape": shape(row), "read": f"{row['of_floor']:.2f}", "faster": f"{row['faster']:.2f}",
+        "quartiles": f"{row['faster_low']:.2f}–{row['faster_high']:.2f}", "gb_per_s": f"{row['gb_per_s']:.1f}",
+        "gates": "pass" if not row["failed_gates"] else "FAIL " + " ".join(row["failed_gates"])}
 
 
 @torch.no_grad()
@@ -146,9 +181,14 @@ def main() -> int:
                 row = measure(raced, pool, layer, m, options.seconds)
                 if hasattr(raced, "blocks"):
                     row["blocks"] = raced.blocks
+                if hasattr(raced, "nonzeros"):
+                    row["nonzeros"] = raced.nonzeros(layer.r)
+                if raced.OP == "sparse24":  # the limit of a dense layer, whoever computes it
+                    timed = paired(reads(layer.k * layer.n), pool, repeats=row["repeats"])
+                    row["dense_read_us"] = min(map(microseconds, timed.values()))
                 result["rows"].append(row)
                 shown = in_words(row)
-                print(dtype, *(f"{key}={shown[key]}" for key in COLUMNS), flush=True)
+                print(dtype, *(f"{key}={shown[key]}" for key in COLUMNS if key in shown), flush=True)
     result["summary"] = summary(bench, result["rows"])
     text = report(options.op, result)
     print("\n" + text[text.index("## Targets"):])

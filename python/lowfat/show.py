@@ -213,7 +213,7 @@ def show_bench(found: dict) -> None:
 
 def _show_race(rows: list[dict], title: str) -> None:
     """Where a gate refused a result, its name stands in place of the speed-up."""
-    peers = [name for name in ("pair", "compiled", "dense") if f"{name}_us" in rows[0]]
+    peers = [name for name in ("pair", "compiled", "low_rank", "dense") if f"{name}_us" in rows[0]]
     print_table(("k -> n, rank", "m", "ran", "µs", *peers, "faster", "floor"),
                 [(f"{row['k']} -> {row['n']}, {row['r']}", f"{row['m']}", row["ran"].split()[0], f"{row['us']:.1f}",
                   *(f"{row[f'{name}_us']:.1f}" for name in peers),

@@ -9,11 +9,14 @@ from typer.testing import CliRunner
 
 import lowfat.bench.low_rank as bench
 from lowfat.bench import graphs, race, timing
+from lowfat.bench.dictionary import Dictionary
 from lowfat.bench.measure import calls, floor, measure, which_ran
 from lowfat.bench.shapes import MODELS, Layer, layers
+from lowfat.bench.sparse24 import Sparse24, going_around
 from lowfat.cli import app
 from lowfat.errors import ArgumentError
 from lowfat.measured import header
+from lowfat.ops.dictionary import check_support
 from lowfat.show import show_bench
 
 CPU = torch.device("cpu")
@@ -124,7 +127,9 @@ def test_the_command_shows_and_writes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     (["high_rank"], "op must be one of low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch, "
-     "monarch_backward; found 'high_rank'"),
+     "monarch_backward, sparse24, dictionary; found 'high_rank'"),
+    (["sparse24", "--shapes", "64:96:5"], "rank must be between 1 and 4 for 64 -> 96; found 5"),
+    (["sparse24", "--shapes", "66:96:2"], "k must be a multiple of 4 for sparse24; found 66"),
     (["low_rank", "--shapes", "llama-8c"], "neither one of llama-8b, bert-base, minilm nor sizes k:n:r"),
     (["low_rank", "--shapes", "64:96"], "'64:96' is neither"),
     (["low_rank", "--shapes", "64:96:65"], "rank must be between 1 and 64 for 64 -> 96; found 65"),
@@ -151,9 +156,12 @@ def test_no_seconds_and_no_threads():
 
 
 # ------------------------------------------------------------------------------------------------ every op
+RANKS = dict.fromkeys(race.OPS, 16) | {"sparse24": 2}
+
+
 @pytest.mark.parametrize("op", race.OPS)
 def test_every_op_is_raced_and_judged(op):
-    found = race.race(op, shapes="64:96:16", rows="1,40", device=CPU, seconds=0.01)
+    found = race.race(op, shapes=f"64:96:{RANKS[op]}", rows="1,40", device=CPU, seconds=0.01)
     assert not race.failures(found) and all(row["us"] > 0 and "pair_us" in row for row in found["rows"])
 
 
@@ -161,7 +169,7 @@ def test_every_op_is_raced_and_judged(op):
 def test_a_wrong_output_of_any_op_is_caught(op):
     """Every output counts: kills a judge that looks at the first member or gradient alone."""
     raced, x = race.OPS[op], torch.randn(40, 64).bfloat16()
-    ours = raced.candidates(x, 96, 16)[op]
+    ours = raced.candidates(x, 96, RANKS[op])[op]
     operands = ours.operands(timing.Pool(torch.bfloat16, raced.SCALE).next(ours.count))
     y = ours.call(*operands)
     assert raced.judged(x, [(operands, y)]) == []
@@ -174,9 +182,9 @@ def test_a_wrong_output_of_any_op_is_caught(op):
 @pytest.mark.parametrize("op", race.OPS)
 def test_work_counts_every_number_once(op):
     """Against the sizes of the operands and outputs themselves."""
-    raced, layer = race.OPS[op], Layer("", "", 64, 96, 16)
+    raced, layer = race.OPS[op], Layer("", "", 64, 96, RANKS[op])
     x = torch.randn(40, 64).bfloat16()
-    ours = raced.candidates(x, 96, 16)[op]
+    ours = raced.candidates(x, 96, RANKS[op])[op]
     y = timing.outputs_of(ours.call(*ours.operands(timing.Pool(torch.bfloat16, raced.SCALE).next(ours.count))))
     inputs = {"low_rank_backward": 40 * (96 + 16), "monarch_backward": 40 * (96 + 16 * 4 * 4)}.get(op, 0)  # dy and h
     assert raced.work(layer, 40)[0] == x.numel() + inputs + ours.count + sum(one.numel() for one in y)
@@ -196,7 +204,35 @@ def test_blocks_are_part_of_the_question(blocks):
     assert [layer.r for layer in layers("bert-base", blocks=blocks)] == [r // blocks for r in (192, 304, 304)]
 
 
+@pytest.mark.parametrize("share, blocks, is_bitmap", [(2, 1, True), (2, 4, True), (8, 3, True), (32, 1, False), (40, 2, False)])
+def test_codes_of_a_dictionary_take_the_smaller_form(share, blocks, is_bitmap):
+    raced = Dictionary(blocks=blocks, share=share)
+    layer, x = Layer("", "", 128, 96, 80), torch.randn(3, 128).bfloat16()
+    ours = raced.candidates(x, 96, 80)["dictionary"]
+    operands = ours.operands(timing.Pool(torch.bfloat16, raced.SCALE).next(ours.count))
+    assert (operands[2].dtype == torch.int32) == is_bitmap and raced.judged(x, [(operands, ours.call(*operands))]) == []
+    assert raced.work(layer, 3)[0] == ours.count + 3 * (128 + 96)
+    check_support(operands[2], blocks, 80, 80 // share)
+
+
+def test_indices_go_around_as_weights_do():
+    """Kills a mask that stays in the caches: each comes back after twice the last level was read, and all are in order."""
+    mask = torch.arange(40)[:, None]
+    around = going_around(mask, bytes_between=1 << 18)
+    taken = [next(around) for _ in range(20)]
+    assert len({t.data_ptr() for t in taken}) == 10 and all(torch.equal(t.sort(0).values, mask) for t in taken)
+
+
 # ------------------------------------------------------------------------------------------------ shapes
+def test_ranks_of_other_ops_are_theirs():
+    """Of every four, and atoms of as many bytes as the ratio says, but for the last word of a row's bitmap."""
+    assert Sparse24().rank_for(384, 384, 0.5) == 2 and Sparse24().rank_for(384, 384, 0.1) == 1
+    for ratio in (0.25, 0.5, 0.9):
+        for k, n in ((384, 1536), (4096, 4096)):
+            kept = sum(Dictionary().numbers(k, n, Dictionary().rank_for(k, n, ratio))) / (k * n)
+            assert ratio - 0.1 < kept <= ratio + 2 / k
+
+
 def test_ranks_keep_the_ratio_in_multiples_of_eight():
     for ratio in (0.25, 0.5, 0.9):
         for layer in layers(",".join(MODELS), ratio=ratio):

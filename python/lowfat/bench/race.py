@@ -8,15 +8,17 @@ import torch
 from ..errors import ArgumentError
 from ..measured import header
 from . import graphs, low_rank, low_rank_backward, low_rank_group, low_rank_swiglu
+from .dictionary import Dictionary
 from .measure import measure
 from .monarch import Monarch
 from .monarch_backward import MonarchBackward
 from .shapes import Layer, layers
+from .sparse24 import Sparse24
 from .timing import Pool
 
 # modules as measure.py wants them, or objects that have the same; chains are for those that have measure_chain
 OPS = {raced.OP: raced for raced in (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, Monarch(),
-                                     MonarchBackward())}
+                                     MonarchBackward(), Sparse24(), Dictionary())}
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_ROWS = 1 << 16
 
@@ -38,7 +40,9 @@ def race(op: str, *, shapes: str, rows: str, dtype: str = "bfloat16", device: to
     raced, about = in_blocks(OPS[op], blocks), {"op": op}
     if hasattr(raced, "blocks"):
         about["blocks"] = raced.blocks
-    found_layers, counts = layers(shapes, ratio=ratio, rank=rank, blocks=about.get("blocks", 1)), counts_of(rows)
+    sized = {name: getattr(raced, name) for name in ("rank_for", "most") if hasattr(raced, name)}
+    found_layers = layers(shapes, ratio=ratio, rank=rank, blocks=about.get("blocks", 1), **sized)
+    counts = counts_of(rows)
     torch.manual_seed(0)
     found = {"header": about | header(torch.get_num_threads(), device), "ceilings": None, "rows": [], "chains": []}
     on_gpu = device.type == "cuda"

@@ -1,5 +1,6 @@
 """The linear layers of real models, by the model's name, and the rank each gets.   k in   n out   r rank"""
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..errors import ArgumentError
@@ -21,9 +22,16 @@ class Layer(NamedTuple):
     r: int
 
 
-def layers(names: str, *, ratio: float = 0.5, rank: int | None = None, blocks: int = 1) -> list[Layer]:
+def rank_for(k: int, n: int, ratio: float) -> int:
+    return max(8, int(ratio * k * n / (k + n)) // 8 * 8)
+
+
+def layers(names: str, *, ratio: float = 0.5, rank: int | None = None, blocks: int = 1,
+           rank_for: Callable[[int, int, float], int] = rank_for,
+           most: Callable[[int, int], int] | None = None) -> list[Layer]:
     """The layers of "llama-8b,minilm", or of sizes "4096:14336:1024" (k:n:r). The rank keeps `ratio` of a weight's
     parameters, in multiples of 8, if none is given; in blocks it is that of a block, and they share those parameters.
+    rank_for and most (k, n): what r is for ops that are no products of low rank, and how large it can be.
 
     Raises ArgumentError for an unknown name, a ratio outside (0, 1) or a rank that no such layer has."""
     if not 0 < ratio < 1:
@@ -38,11 +46,7 @@ def layers(names: str, *, ratio: float = 0.5, rank: int | None = None, blocks: i
         else:
             raise ArgumentError(f"shapes: {name!r} is neither one of {', '.join(MODELS)} nor sizes k:n:r like 4096:4096:512")
     for _, _, k, n, r in found:
-        most = min(-(-k // blocks), -(-n // blocks))
-        if not 1 <= r <= most:
-            raise ArgumentError(f"rank must be between 1 and {most} for {k} -> {n}; found {r}")
+        largest = most(k, n) if most else min(-(-k // blocks), -(-n // blocks))
+        if not 1 <= r <= largest:
+            raise ArgumentError(f"rank must be between 1 and {largest} for {k} -> {n}; found {r}")
     return found
-
-
-def rank_for(k: int, n: int, ratio: float) -> int:
-    return max(8, int(ratio * k * n / (k + n)) // 8 * 8)
