@@ -2,7 +2,7 @@
 //
 // For one or two rows of x w goes by once, in the order in which it lies in memory, without chunks: so few rows of x are in
 // the L1 cache or come from L2 as fast as w comes from memory, and one long run of values with one of the mask beside it is
-// what hardware prefetches best. For more, multiply.h expands a group at a time.
+// what hardware prefetches best. For more, multiply.h spreads a tile as it goes and keeps it for later passes.
 #pragma once
 
 #include "cpu/multiply.h"

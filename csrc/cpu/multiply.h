@@ -75,8 +75,8 @@ class Ahead {
     if constexpr (V::kMasked) return product_.segments * product_.kept * steps_.kSize;
     return (in_next() ? steps_.chunk : steps_.depth) * steps_.kSize;
   }
-  int64_t bytes() const {  // of a masked row's values in a chunk, about
-    return steps_.depth > 0 ? steps_.chunk * product_.kept * steps_.kSize / steps_.depth : 0;
+  uint64_t bytes() const {  // of a masked row's values among kChunk inputs, about
+    return steps_.depth > 0 ? static_cast<uint64_t>(kChunk * product_.kept * steps_.kSize / steps_.depth) : 0;
   }
 
  private:
@@ -151,7 +151,9 @@ struct Step {
   float* widened;           // scratch: the group's chunk as floats, in the order of use, for every pass after the first
   uintptr_t ahead;          // what this step asks for: as many rows
   int64_t ahead_row_bytes;
-  int64_t ahead_bytes;      // of each, if masked
+  uint64_t ahead_bytes;     // of each, if masked, for kChunk inputs
+  int64_t segment;          // if masked
+  int64_t* cursors;         // if masked and its segment has more than one chunk: where each row's values of it go on
 };
 
 // Always inline, and a part per call instead of a loop: otherwise the compiler keeps the sums in memory, 60 % slower at
@@ -209,6 +211,12 @@ __attribute__((always_inline)) inline typename V::Wide load_wide(const typename 
 
 constexpr int64_t mask_words(int64_t depth) { return (depth + 31) / 32; }
 
+// Of inputs d to d + V::kStep.
+template <class V>
+uint32_t mask_bits(const uint32_t* mask, int64_t d) {
+  return V::kStep == 32 ? mask[d / 32] : mask[d / 32] >> (d % 32) & ((1ull << V::kStep) - 1);
+}
+
 // Where the values run out: they are copied first, as many as there are.
 template <class V>
 __attribute__((noinline)) typename V::Wide expand_last(uint32_t bits, const typename V::Weight* values, int64_t left) {
@@ -221,37 +229,79 @@ __attribute__((noinline)) typename V::Wide expand_last(uint32_t bits, const type
 template <class V>
 __attribute__((always_inline)) inline typename V::Wide take(const typename V::Weight* values, int64_t total,
                                                             const uint32_t* mask, int64_t d, int64_t& at) {
-  const uint32_t bits = V::kStep == 32 ? mask[d / 32] : mask[d / 32] >> (d % 32) & ((1ull << V::kStep) - 1);
+  const uint32_t bits = mask_bits<V>(mask, d);
   const int64_t from = at;
   at += V::count(bits);
   if (__builtin_expect(from <= total - V::kStep, 1)) return V::expand(bits, values + from);
   return expand_last<V>(bits, values + (from < total ? from : total), total - from);
 }
 
-// A masked group's chunk to step.widened, in the order of use. cursors: where each row's values of this segment go on, if it
-// has more than one chunk.
-template <class V>
-__attribute__((noinline)) void expand_group(const Product& product, const Step& step, int64_t segment, int64_t* cursors) {
+// The same where no value is missing; kept for later passes as load_wide does.
+template <class V, Widen kWiden>
+__attribute__((always_inline)) inline typename V::Wide expand_wide(const uint32_t* mask, int64_t d,
+                                                                   const typename V::Weight*& values, float*& widened) {
   constexpr int kLanes = V::kStep / V::kParts;
+  const uint32_t bits = mask_bits<V>(mask, d);
+  const auto wide = V::expand(bits, values);
+  values += V::count(bits);
+  if constexpr (kWiden == Widen::keep) {
+    for (int part = 0; part < V::kParts; ++part) V::store_part(widened + part * kLanes, wide.part[part]);
+    widened += V::kStep;
+  }
+  return wide;
+}
+
+// A chunk of masked rows: each one's mask, and where its values go on.
+template <class V>
+struct MaskedRows {
+  MaskedRows(const Product& product, const Step& step)
+      : product_(product), step_(step), row_values_(product.segments * product.kept), words_(mask_words(product.depth)) {}
+
+  const uint32_t* mask(int64_t row) const {
+    return product_.mask + (row * product_.segments + step_.segment) * words_ + step_.first_d / 32;
+  }
+  int64_t first_value(int64_t row) const { return row * row_values_ + step_.segment * product_.kept; }
+  int64_t cursor(int64_t row) const { return step_.first_d > 0 ? step_.cursors[row - step_.first_row] : first_value(row); }
+  void keep_cursor(int64_t row, int64_t at) const {
+    if (step_.cursors) step_.cursors[row - step_.first_row] = at;
+  }
+
+  // Whether no bits whatever make this group read values that there are not.
+  bool is_far_from_end() const {
+    return first_value(step_.last_row - 1) + product_.depth + V::kStep <= product_.rows * row_values_ &&
+           (step_.last_row - step_.first_row) % V::kRows == 0;
+  }
+
+ private:
+  const Product& product_;
+  const Step& step_;
+  const int64_t row_values_, words_;
+};
+
+// A masked group's chunk to step.widened, in the order of use: at the end of w, where every value is looked for.
+template <class V>
+__attribute__((noinline)) void expand_group(const Product& product, const Step& step) {
+  constexpr int kLanes = V::kStep / V::kParts;
+  const MaskedRows<V> rows(product, step);
   const auto* values = static_cast<const typename V::Weight*>(product.w);
-  const int64_t row_values = product.segments * product.kept, total = product.rows * row_values;
-  const int64_t words = mask_words(product.depth), count = step.last_d - step.first_d;
+  const int64_t total = product.rows * product.segments * product.kept, count = step.last_d - step.first_d;
   const int64_t steps = (count + V::kStep - 1) / V::kStep;
-  uintptr_t ahead = step.ahead;
   for (int64_t first = 0; first < step.last_row - step.first_row; first += V::kRows) {
-    for (int i = 0; i < V::kRows; ++i, ahead += static_cast<uintptr_t>(step.ahead_row_bytes)) {
-      const int64_t tile_row = step.first_row + first + i;
-      const int64_t row = tile_row < product.rows ? tile_row : product.rows - 1;  // the last row again: its sums are dropped
-      const uint32_t* mask = product.mask + (row * product.segments + segment) * words + step.first_d / 32;
-      int64_t at = step.first_d > 0 ? cursors[first + i] : row * row_values + segment * product.kept;
+    for (int i = 0; i < V::kRows; ++i) {
+      const int64_t row = step.first_row + first + i;
       float* to = step.widened + (first * steps + i) * V::kStep;
+      if (row >= product.rows) {  // its sums are dropped
+        for (int64_t d = 0; d < count; d += V::kStep, to += V::kRows * V::kStep)
+          for (int lane = 0; lane < V::kStep; ++lane) to[lane] = 0;
+        continue;
+      }
+      const uint32_t* mask = rows.mask(row);
+      int64_t at = rows.cursor(row);
       for (int64_t d = 0; d < count; d += V::kStep, to += V::kRows * V::kStep) {
         const auto wide = take<V>(values, total, mask, d, at);
         for (int part = 0; part < V::kParts; ++part) V::store_part(to + part * kLanes, wide.part[part]);
       }
-      for (int64_t bytes = 0; bytes < step.ahead_bytes; bytes += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(bytes)), 0, 2);  // into L2
-      if (cursors) cursors[first + i] = at;
+      rows.keep_cursor(row, at);
     }
   }
 }
@@ -270,8 +320,13 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
   for (int64_t row = step.first_row; row < step.last_row; row += V::kRows) {
     const int64_t here = product.rows - row < V::kRows ? product.rows - row : V::kRows;
     const Weight* w[V::kRows] = {};  // past the last row: the last row again, and its sums are dropped
-    if constexpr (!V::kMasked)
+    [[maybe_unused]] const uint32_t* mask[V::kRows] = {};
+    if constexpr (!V::kMasked) {
       for (int i = 0; i < V::kRows; ++i) w[i] = all_w + (row + (i < here ? i : here - 1)) * depth + step.first_d;
+    } else if constexpr (kWiden != Widen::reuse) {
+      const MaskedRows<V> rows(product, step);
+      for (int i = 0; i < V::kRows; ++i) mask[i] = rows.mask(row + i), w[i] = all_w + rows.cursor(row + i);
+    }
     const uintptr_t ahead = step.ahead + static_cast<uintptr_t>((row - step.first_row + ahead_row) * step.ahead_row_bytes);
 
     typename V::Sum sums[kTokens][V::kRows];
@@ -280,17 +335,27 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
     typename V::Wide wide[V::kRows];
     int64_t d = 0;
     for (; d + V::kStep <= count; d += V::kStep) {
-      for (int i = 0; i < V::kRows; ++i) wide[i] = load_wide<V, kWiden>(w[i] + d, V::kStep, widened);
+      if constexpr (V::kMasked && kWiden != Widen::reuse)
+        for (int i = 0; i < V::kRows; ++i) wide[i] = expand_wide<V, kWiden>(mask[i], d, w[i], widened);
+      else
+        for (int i = 0; i < V::kRows; ++i) wide[i] = load_wide<V, kWiden>(w[i] + d, V::kStep, widened);
+      const int64_t ahead_d = V::kMasked ? static_cast<int64_t>(static_cast<uint64_t>(d) * step.ahead_bytes / kChunk)
+                                         : d * static_cast<int64_t>(sizeof(Weight));
       for (int i = 0; i < kAhead; ++i) {
-        const int64_t at = i * step.ahead_row_bytes + d * static_cast<int64_t>(sizeof(Weight));
+        const int64_t at = i * step.ahead_row_bytes + ahead_d;
         __builtin_prefetch(reinterpret_cast<const void*>(ahead + static_cast<uintptr_t>(at)), 0, 2);  // into L2
       }
       add_part<V, kTokens, 0>(sums, wide, x + d, x_stride, V::kStep);
     }
     if (d < count) {
-      for (int i = 0; i < V::kRows; ++i) wide[i] = load_wide<V, kWiden>(w[i] + d, count - d, widened);
+      if constexpr (V::kMasked && kWiden != Widen::reuse)
+        for (int i = 0; i < V::kRows; ++i) wide[i] = expand_wide<V, kWiden>(mask[i], d, w[i], widened);
+      else
+        for (int i = 0; i < V::kRows; ++i) wide[i] = load_wide<V, kWiden>(w[i] + d, count - d, widened);
       add_part<V, kTokens, 0>(sums, wide, x + d, x_stride, count - d);
     }
+    if constexpr (V::kMasked && kWiden != Widen::reuse)
+      for (int i = 0; i < V::kRows; ++i) MaskedRows<V>(product, step).keep_cursor(row + i, w[i] - all_w);
 
     float* partial = step.partial + (row - step.first_row) * kMostTokens + token * V::kRows;
     auto* y = static_cast<Weight*>(product.y) + token * product.y_row + row;
@@ -315,7 +380,7 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
   const int64_t last_row = last_tile * V::kRows < product.rows ? last_tile * V::kRows : product.rows;
   const int64_t passes = (product.m + V::kTokens - 1) / V::kTokens;
   constexpr int kShare = (V::kRows + 1) / 2;  // of each tile ahead, for each of the first two passes
-  constexpr Widen kFirst = V::kParts > 1 ? Widen::keep : Widen::forget;
+  constexpr Widen kFirst = V::kParts > 1 || V::kMasked ? Widen::keep : Widen::forget;
   constexpr Widen kLater = V::kParts > 1 || V::kMasked ? Widen::reuse : Widen::forget;
   alignas(64) float widened[V::kParts > 1 || V::kMasked ? Steps<V>::kMaxGroupNumbers : 1];
   alignas(64) float partial[kMostTokens * Steps<V>::kMaxBlockRows];
@@ -331,21 +396,22 @@ void multiply(const Product& product, int64_t first_tile, int64_t last_tile) {
         const int64_t last_d = steps.depth - first_d < steps.chunk ? steps.depth : first_d + steps.chunk;
         const Step step{row, group_end, chunk, first_d, last_d, chunk == 0, chunk + 1 == steps.chunks,
                         partial + (row - block) * kMostTokens, widened, ahead.address(), ahead.row_bytes(),
-                        ahead.bytes()};
+                        ahead.bytes(), chunk / steps.segment_chunks,
+                        steps.segment_chunks > 1 ? cursors + (row - block) : nullptr};
+        bool is_expanded = false;
         if constexpr (V::kMasked) {
-          expand_group<V>(product, step, chunk / steps.segment_chunks,
-                          steps.segment_chunks > 1 ? cursors + (row - block) : nullptr);
-        } else if (passes == 1) {
+          is_expanded = !MaskedRows<V>(product, step).is_far_from_end();
+          if (is_expanded) expand_group<V>(product, step);
+        }
+        if (passes == 1 && !is_expanded) {
           multiply_tokens<V, V::kRows, Widen::forget>(product, step, 0, product.m, 0);
           continue;
         }
         for (int64_t pass = 0, token = 0; pass < passes; ++pass) {
           const int64_t tokens = product.m / passes + (pass < product.m % passes ? 1 : 0);  // as even as can be
-          if constexpr (V::kMasked)
-            multiply_tokens<V, 0, kLater>(product, step, token, tokens, 0);
-          else if (pass == 0)
+          if (pass == 0 && !is_expanded)
             multiply_tokens<V, kShare, kFirst>(product, step, token, tokens, 0);
-          else if (pass == 1)
+          else if (pass == 1 && !is_expanded)
             multiply_tokens<V, kShare, kLater>(product, step, token, tokens, kShare);
           else
             multiply_tokens<V, 0, kLater>(product, step, token, tokens, 0);

@@ -1,7 +1,7 @@
-// The product with rows that say by number which inputs they keep: y = the sum of values times those inputs, for few of them.
+// The product with rows that say by number which inputs they keep: y = the sum of values times those inputs.
 //
-// Included by every product_cpu_<isa>.cpp, written in the compiler's own vectors: a vector holds one input of every token, so
-// that x lies in memory transposed, and an input that is kept costs one load and one multiplication for up to 16 tokens.
+// Included by every product_cpu_<isa>.cpp, written in the compiler's own vectors: a vector holds one input of every
+// token, so that x lies in memory transposed, and a kept input costs one load and one multiplication for up to 16 tokens.
 #pragma once
 
 #include "cpu/multiply.h"

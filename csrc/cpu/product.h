@@ -44,7 +44,7 @@ Kernel kernel(CpuLevel level, Dtype dtype, int64_t m);
 Kernel masked_kernel(CpuLevel level, Dtype dtype, int64_t m);
 Kernel positions_kernel(CpuLevel level, Dtype dtype, int64_t m);
 
-constexpr int64_t kStreamTokens = 4;  // rows of x up to which memory is all there is, and a masked w is best read straight through
+constexpr int64_t kStreamTokens = 4;  // rows of x up to which a masked w is best read straight through
 
 Kernel kernel_scalar(Dtype dtype);
 Kernel kernel_avx2(Dtype dtype);

@@ -183,7 +183,7 @@ void forward(const Call& s, const CpuConfig& config, const Operands& in, Result&
 // [m, Q p], zeros where there is no more of x.
 Tensor padded_rows(const Call& s, const Tensor& x) {
   const Tensor rows = as_contiguous(x);
-  if (s.k == s.b_in * s.p && (s.m <= cpu::kMostTokens || x.dim() == 2)) return rows;  // decode wants no more than the numbers
+  if (s.k == s.b_in * s.p && (s.m <= cpu::kMostTokens || x.dim() == 2)) return rows;  // decode reads them as they lie
   const int64_t more[] = {0, s.b_in * s.p - s.k};
   return torch::stable::pad(torch::stable::reshape(rows, {s.m, s.k}), more);
 }
@@ -222,7 +222,8 @@ std::tuple<Tensor, Tensor> dictionary_training_cpu(const Tensor& x, const Tensor
 
 }  // namespace
 
-Call check(const Tensor& x, const Tensor& d, const Tensor& values, const Tensor& support, const std::optional<Tensor>& bias) {
+Call check(const Tensor& x, const Tensor& d, const Tensor& values, const Tensor& support,
+           const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.dim() >= 1, "dictionary: x has no dimensions, must be [..., k]");
   STD_TORCH_CHECK(d.dim() == 4 && values.dim() == 2 && support.dim() == 2, "dictionary: d has ", d.dim(), ", values ",
                   values.dim(), " and support ", support.dim(), " dimensions, must be [P, Q, a, p], [n, Q s] and [n, ...]");
@@ -230,7 +231,8 @@ Call check(const Tensor& x, const Tensor& d, const Tensor& values, const Tensor&
   const bool is_bitmap = support_kind.dtype == aoti_torch_dtype_int32();
   Call s{rows_of(x), values.size(0), x.size(x.dim() - 1), d.size(0), d.size(1), d.size(2), d.size(3), 0, is_bitmap, kind,
          dtype_of(kind)};
-  STD_TORCH_CHECK(s.b_out >= 1 && s.b_in >= 1, "dictionary: d has ", s.b_out, " x ", s.b_in, " blocks, must have one at least");
+  STD_TORCH_CHECK(s.b_out >= 1 && s.b_in >= 1, "dictionary: d has ", s.b_out, " x ", s.b_in,
+                  " blocks, must have one at least");
   STD_TORCH_CHECK((s.k + s.b_in - 1) / s.b_in == s.p, "dictionary: x has ", s.k, " features, must have ", s.b_in * s.p,
                   ", or up to ", s.b_in - 1, " less: ", s.b_in, " blocks of ", s.p);
   STD_TORCH_CHECK(values.size(1) % s.b_in == 0 && values.size(1) <= s.b_in * s.a, "dictionary: values has ", values.size(1),

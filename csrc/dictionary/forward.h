@@ -22,7 +22,8 @@ struct Call {
   int64_t middle() const { return b_in * a; }                    // columns of h
 };
 
-// The conditions that the Python function checks with a named error, for callers of torch.ops. What is in support is not read.
-Call check(const Tensor& x, const Tensor& d, const Tensor& values, const Tensor& support, const std::optional<Tensor>& bias);
+// The conditions that the Python function checks with a named error, for callers of torch.ops. Support itself is not read.
+Call check(const Tensor& x, const Tensor& d, const Tensor& values, const Tensor& support,
+           const std::optional<Tensor>& bias);
 
 }  // namespace dictionary

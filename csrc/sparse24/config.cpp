@@ -32,7 +32,8 @@ CpuConfig choose_cpu_config(const Problem& p) {
   if (!has_kernel || p.m > cpu::kMostTokens) return config;
   config.path = CpuPath::decode;
   config.row_tile = kRowTile;
-  const int64_t row_bytes = p.k / std::max<int64_t>(1, p.group) * p.kept * (p.dtype == Dtype::float32 ? 4 : 2) + (p.k + 31) / 32 * 4;
+  const int64_t stored = p.k / std::max<int64_t>(1, p.group) * p.kept, words = (p.k + 31) / 32;
+  const int64_t row_bytes = stored * (p.dtype == Dtype::float32 ? 4 : 2) + words * 4;
   if (p.n * row_bytes >= kThreadedBytes) {
     const int64_t tile_bytes = kRowTile * row_bytes;
     config.grain = std::max<int64_t>(1, (kTaskBytes + tile_bytes - 1) / tile_bytes);

@@ -81,8 +81,8 @@ Tensor sparse24_cpu(const Tensor& x, const Tensor& values, const Tensor& mask, c
 
 Call check(const Tensor& x, const Tensor& values, const Tensor& mask, const std::optional<Tensor>& bias, int64_t kept,
            int64_t group) {
-  STD_TORCH_CHECK(kept >= 1 && kept <= group, "sparse24: must keep a number from 1 to group of each group, found ", kept, ":",
-                  group);
+  STD_TORCH_CHECK(kept >= 1 && kept <= group, "sparse24: must keep a number from 1 to group of each group, found ", kept,
+                  ":", group);
   STD_TORCH_CHECK(x.dim() >= 1, "sparse24: x has no dimensions, must be [..., k]");
   STD_TORCH_CHECK(values.dim() == 2 && mask.dim() == 2, "sparse24: values has ", values.dim(), " and mask ", mask.dim(),
                   " dimensions, must be [n, k kept / group] and [n, ceil(k / 32)]");
