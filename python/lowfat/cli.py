@@ -207,16 +207,17 @@ def bench(
     rows: Annotated[str, typer.Option(metavar="M,...", help="Rows of x.")] = "1,4,8,16",
     dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = "bfloat16",
     ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters kept: gives the rank.")] = 0.5,
-    rank: Annotated[Optional[int], typer.Option(metavar="R", help="The rank of all layers; atoms, or how many of 4.")] = None,
-    blocks: Annotated[Optional[int], typer.Option(metavar="N", help="Of monarch: 4, of dictionary: 1; the rank is a block's.")] = None,
+    rank: Annotated[Optional[int], typer.Option(metavar="R", help="The rank of all layers; atoms; how many of 4.")] = None,
+    blocks: Annotated[Optional[int], typer.Option(metavar="N", help="Of monarch: 4, dictionary: 1; the rank is a block's.")] = None,
     seconds: Annotated[float, typer.Option(metavar="S", help="For each candidate of a row, on the CPU.")] = 0.5,
     threads: Annotated[Optional[int], typer.Option(metavar="N", help="Of the CPU; default: torch's.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Race torch.compile too, on a GPU.")] = False,
     out: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Writes FILE.json and FILE.png.")] = None,
     device: Device = "auto", as_json: Json = False,
 ) -> None:
-    """Races OP (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch, monarch_backward, sparse24, dictionary)
-    against torch's own products (pair: the best way to compose them) and the dense layer, and checks the results it timed.
+    """Races OP (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch, monarch_backward, sparse24,
+    dictionary) against torch's own products (pair: the best way to compose them) and the dense layer, and checks the results
+    it timed.
 
     Example:  lowfat bench low_rank --shapes minilm --rows 1,8
     """

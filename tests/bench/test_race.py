@@ -204,7 +204,8 @@ def test_blocks_are_part_of_the_question(blocks):
     assert [layer.r for layer in layers("bert-base", blocks=blocks)] == [r // blocks for r in (192, 304, 304)]
 
 
-@pytest.mark.parametrize("share, blocks, is_bitmap", [(2, 1, True), (2, 4, True), (8, 3, True), (32, 1, False), (40, 2, False)])
+@pytest.mark.parametrize("share, blocks, is_bitmap",
+                         [(2, 1, True), (2, 4, True), (8, 3, True), (32, 1, False), (40, 2, False)])
 def test_codes_of_a_dictionary_take_the_smaller_form(share, blocks, is_bitmap):
     raced = Dictionary(blocks=blocks, share=share)
     layer, x = Layer("", "", 128, 96, 80), torch.randn(3, 128).bfloat16()

@@ -23,10 +23,11 @@ OPS = torch.ops.lowfat
 LEVELS = _native.kernels().get("dictionary", {}).get("cpu", [])
 pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiled library")
 
-# k, n, blocks of n and of k, atoms, non-zeros: one block; atoms of less than a word and more than a chunk; blocks that k or n
-# ends in, or before; no non-zeros and all; rows of a position list that end in one of four, and in one of 64
+# k, n, blocks of n and of k, atoms, non-zeros: one block; atoms of less than a word and more than a chunk; blocks that k
+# or n ends in, or before; no non-zeros and all; rows of a position list that end in one of four, and in one of 64
 SHAPES = [(9, 7, 1, 1, 5, 2), (40, 33, 1, 1, 64, 32), (70, 65, 2, 3, 33, 9), (11, 10, 8, 4, 3, 1), (300, 40, 3, 2, 600, 131),
-          (50, 30, 1, 5, 40, 40), (8, 9, 2, 2, 7, 0), (64, 70, 4, 4, 100, 67), (33, 300, 1, 1, 32, 16), (20, 18, 2, 1, 1030, 3)]
+          (50, 30, 1, 5, 40, 40), (8, 9, 2, 2, 7, 0), (64, 70, 4, 4, 100, 67), (33, 300, 1, 1, 32, 16),
+          (20, 18, 2, 1, 1030, 3)]
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16)
 FORMS = (torch.int32, torch.int16)
 
@@ -82,8 +83,8 @@ def test_path_for_every_m(dtype):
 def test_threads_share_rows_of_enough_bytes():
     """A megabyte of d, values and support in all, and 256 KB for a task."""
     def grains(size, atoms, kept, blocks=1, dtype="bfloat16"):
-        config = _native.native.choose_config("dictionary", m=1, n=size, k=size, r=atoms, kept=kept, b_in=blocks, b_out=blocks,
-                                              dtype=dtype)
+        config = _native.native.choose_config("dictionary", m=1, n=size, k=size, r=atoms, kept=kept, b_in=blocks,
+                                              b_out=blocks, dtype=dtype)
         return config["first_grain"], config["second_grain"]
 
     assert grains(4096, 1024, 512) == (32, 228) and grains(4096, 1024, 512, dtype="float32") == (16, 121)
@@ -95,7 +96,7 @@ def test_threads_share_rows_of_enough_bytes():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_library_path_moves_everything_to_its_place(shape, form, dtype):
-    """More rows than the kernel takes, and of x in two dimensions; one at a time they take it, but for dtypes that it has not."""
+    """More rows than the kernel takes, of x in three dimensions too; one at a time they take it, but for other dtypes."""
     x, *factors, bias = args = whole(20, *shape, form, dtype)
     exact, middle = reference_training(*in_double(args))
     y, h = OPS.dictionary_training(*args)

@@ -24,8 +24,8 @@ OPS = torch.ops.lowfat
 LEVELS = _native.kernels().get("sparse24", {}).get("cpu", [])
 pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiled library")
 
-# k, n, kept, group: less than a word and than a vector; groups across words; rows of one step, of several, and a rest of each;
-# all kept and one; more than one chunk; more rows than a group of them has
+# k, n, kept, group: less than a word and than a vector; groups across words; rows of one step, of several, and a rest of
+# each; all kept and one; more than one chunk; more rows than a group of them has
 SHAPES = [(4, 1, 2, 4), (36, 7, 2, 4), (45, 6, 3, 5), (96, 33, 7, 48), (128, 65, 2, 4), (160, 5, 1, 4), (64, 9, 4, 4),
           (600, 31, 2, 8), (1100, 97, 2, 4), (2052, 130, 1, 4), (32, 300, 2, 4)]
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16)
