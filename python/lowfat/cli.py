@@ -208,7 +208,7 @@ def bench(
     dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = "bfloat16",
     ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters kept: gives the rank.")] = 0.5,
     rank: Annotated[Optional[int], typer.Option(metavar="R", help="The rank of all layers; atoms; how many of 4.")] = None,
-    blocks: Annotated[Optional[int], typer.Option(metavar="N", help="Of monarch: 4, dictionary: 1; the rank is a block's.")] = None,
+    blocks: Annotated[Optional[int], typer.Option(metavar="N", help="Of k and n, each; the rank is a block's.")] = None,
     seconds: Annotated[float, typer.Option(metavar="S", help="For each candidate of a row, on the CPU.")] = 0.5,
     threads: Annotated[Optional[int], typer.Option(metavar="N", help="Of the CPU; default: torch's.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Race torch.compile too, on a GPU.")] = False,
