@@ -22,38 +22,23 @@
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "low_rank/backward.h"
 
-#include "device/async_copy.h"
-#include "device/convert.h"
 #include "device/launch.h"
-#include "device/load.h"
-#include "device/mma.h"
-#include "device/reduce.h"
 #include "device/splits.h"
+#include "low_rank/backward_steps.h"
 
 namespace low_rank {
 
 template <class T, bool kAcross, int kTileSize>
-struct BackwardConfig {
-  using Element = T;
-  static constexpr bool kIsAcross = kAcross;  // weights: a lies [depth, rows]
-  static constexpr int kTile = kTileSize;
-  static constexpr int kDepth = tile_depth(kTile);
+struct BackwardConfig : TileSizes<T, kAcross, kTileSize> {
+  using Sizes = TileSizes<T, kAcross, kTileSize>;
   static constexpr int kStages = kBackwardStages;
-  static constexpr int kThreads = kBackwardThreads;
-  static constexpr int kBlocks = kBackwardBlocks;  // that share a multiprocessor: 128 registers for each thread
-  static constexpr int kPiecesOfA = (kIsAcross ? kTile : kDepth) / 8, kPiecesOfB = kTile / 8;  // 16 bytes each, of a row
-  static constexpr int kRows = kTile / kBackwardWarpRows, kColumns = kTile / kBackwardWarpColumns;  // of a warp
-  static constexpr int kRowFragments = kRows / 16, kColumnFragments = kColumns / 8;
   struct Stage {
-    uint4 a[kTile * kDepth / 8], b[kTile * kDepth / 8];
+    typename Sizes::Operand a, b;
   };
   union Shared {
     Stage stages[kStages];
-    uint16_t c[kTile * c_stride(kTile)];
+    uint16_t c[kTileSize * c_stride(kTileSize)];
   };
-  static_assert(kDepth % 16 == 0 && kColumnFragments % 2 == 0, "ldmatrix moves 16 x 16 elements");
-  static_assert(kTile * kDepth / 8 % kThreads == 0, "every thread copies as much");
-  static_assert(kRowFragments <= kBackwardWarpColumns, "a warp sums one row fragment of a for db");
 };
 
 // c [rows, columns] = a b, rounded to `c`; or what each split has summed, to `partials`.
@@ -89,236 +74,32 @@ struct BackwardSums {
 
 // --- products ---
 
-// A thread's part in copying an operand, a row-major matrix, stage by stage: the same piece of some rows. Zeros stand for
-// what is outside of the matrix, along the contraction or not.
-template <class Config, int kPieces, bool kMovesDown>
-struct Operand {
-  const uint16_t* from;
-  int row, column, rows, columns;
-
-  LOWFAT_DEVICE Operand(const uint16_t* gmem, int first_row, int first_column, int all_rows, int all_columns)
-      : row(first_row + threadIdx.x / kPieces),
-        column(first_column + threadIdx.x % kPieces * 8),
-        rows(all_rows),
-        columns(all_columns) {
-    from = gmem + (int64_t{row} * columns + column);
-  }
-
-  LOWFAT_DEVICE void copy_next(uint4* smem) {
-    constexpr int kTogether = Config::kThreads / kPieces;  // rows
-    constexpr int kCopies = Config::kTile * Config::kDepth / 8 / Config::kThreads;
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int down = i * kTogether, smem_row = threadIdx.x / kPieces + down;
-      device::copy16_async(smem + tile_piece(kPieces, smem_row, threadIdx.x % kPieces), from + int64_t{down} * columns,
-                           row + down < rows && column < columns);
-    }
-    if (kMovesDown) {
-      row += Config::kDepth;
-      from += int64_t{Config::kDepth} * columns;
-    } else {
-      column += Config::kDepth;
-      from += Config::kDepth;
-    }
-  }
-};
-
-template <class Config>
-using OperandA = Operand<Config, Config::kPiecesOfA, Config::kIsAcross>;
-template <class Config>
-using OperandB = Operand<Config, Config::kPiecesOfB, true>;
-
-// Where a warp's part of a tile begins.
-template <class Config>
-LOWFAT_DEVICE device::Position warp_place() {
-  const int warp = device::warp_index();
-  return {warp / kBackwardWarpColumns * Config::kRows, warp % kBackwardWarpColumns * Config::kColumns};
-}
-
-template <class Config>
-LOWFAT_DEVICE void load_fragments_a(uint32_t (&a)[Config::kRowFragments][4], const uint4* smem_a, int depth) {
-  const int row = warp_place<Config>().row, lane = device::lane_index();
-#pragma unroll
-  for (int i = 0; i < Config::kRowFragments; ++i) {
-    if constexpr (Config::kIsAcross) {
-      const device::Position at = transposed_a_row(lane);
-      const int piece = (row + i * 16 + at.column) / 8;
-      device::ldmatrix_transposed<4>(a[i], smem_a + tile_piece(Config::kPiecesOfA, depth + at.row, piece));
-    } else {
-      const device::Position at = device::ldmatrix_row(lane);
-      const int piece = (depth + at.column) / 8;
-      device::ldmatrix<4>(a[i], smem_a + tile_piece(Config::kPiecesOfA, row + i * 16 + at.row, piece));
-    }
-  }
-}
-
-// Two column fragments at a time: rows 0..7 and 8..15 of the contraction of one, then of the other.
-template <class Config>
-LOWFAT_DEVICE void load_fragments_b(uint32_t (&b)[Config::kColumnFragments / 2][4], const uint4* smem_b, int depth) {
-  const int column = warp_place<Config>().column;
-  const device::Position at = device::ldmatrix_row(device::lane_index());
-#pragma unroll
-  for (int j = 0; j < Config::kColumnFragments / 2; ++j) {
-    const int piece = (column + j * 16 + at.column) / 8;
-    device::ldmatrix_transposed<4>(b[j], smem_b + tile_piece(Config::kPiecesOfB, depth + at.row, piece));
-  }
-}
-
-// A block's work: the tile's sums, and of the rows of a.
-template <class Config>
-struct Tile {
-  using T = typename Config::Element;
-  const BackwardProduct& p;
-  const Place place;
-  const bool sums_a;
-  float sums[Config::kRowFragments][Config::kColumnFragments][4];
-  float a_sums[2];  // of one row fragment: a lane's pairs of rows lane / 4 and 8 below
-
-  LOWFAT_DEVICE Tile(const BackwardProduct& product, int index)
-      : p(product),
-        place(place_of(product.row_tiles, product.column_tiles, index)),
-        sums_a(Config::kIsAcross && (product.a_sum || product.a_partials) && place.column_tile == 0) {
-#pragma unroll
-    for (int i = 0; i < Config::kRowFragments; ++i) {
-#pragma unroll
-      for (int j = 0; j < Config::kColumnFragments; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[i][j][e] = 0;
-      }
-    }
-    a_sums[0] = a_sums[1] = 0;
-  }
-
-  LOWFAT_DEVICE int first_row() const { return place.row_tile * Config::kTile; }
-  LOWFAT_DEVICE int first_column() const { return place.column_tile * Config::kTile; }
-
-  // The four warps beside each other have the same fragments of a: each sums one.
-  LOWFAT_DEVICE void sum_a(const uint32_t (&a)[Config::kRowFragments][4]) {
-#pragma unroll
-    for (int i = 0; i < Config::kRowFragments; ++i) {
-      if (device::warp_index() % kBackwardWarpColumns != i) continue;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float2 pair = device::unpack2<T>(a[i][e]);
-        a_sums[e % 2] += pair.x + pair.y;
-      }
-    }
-  }
-
-  LOWFAT_DEVICE void multiply(const typename Config::Stage& smem) {
-#pragma unroll
-    for (int depth = 0; depth < Config::kDepth; depth += 16) {
-      uint32_t a[Config::kRowFragments][4], b[Config::kColumnFragments / 2][4];
-      load_fragments_a<Config>(a, smem.a, depth);
-      load_fragments_b<Config>(b, smem.b, depth);
-#pragma unroll
-      for (int i = 0; i < Config::kRowFragments; ++i) {
-#pragma unroll
-        for (int j = 0; j < Config::kColumnFragments; ++j) {
-          const uint32_t of_column[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          device::mma_m16n8k16<T>(sums[i][j], a[i], of_column);
-        }
-      }
-      if (sums_a) sum_a(a);
-    }
-  }
-
-  // Through all stages of the split: wait for one, ask for the one three ahead, multiply. The barrier shows everybody's
-  // copies, and that nobody still reads where the next ones go.
-  LOWFAT_DEVICE void multiply_split(typename Config::Stage* smem_stages) {
-    const Range steps = steps_of_split(Config::kTile, p.depth, p.splits, place.split);
-    const int from = steps.first * Config::kDepth;
-    OperandA<Config> a(p.a, Config::kIsAcross ? from : first_row(), Config::kIsAcross ? first_row() : from,
-                       Config::kIsAcross ? p.depth : p.rows, Config::kIsAcross ? p.rows : p.depth);
-    OperandB<Config> b(p.b, from, first_column(), p.depth, p.columns);
-    const auto copy = [&](int step) {
-      if (step < steps.last - steps.first) {
-        a.copy_next(smem_stages[step % Config::kStages].a);
-        b.copy_next(smem_stages[step % Config::kStages].b);
-      }
-      device::commit_copies();  // also of nothing: groups are counted
-    };
-    for (int step = 0; step < Config::kStages - 1; ++step) copy(step);
-    for (int step = 0; step < steps.last - steps.first; ++step) {
-      device::wait_copies<Config::kStages - 2>();
-      __syncthreads();
-      copy(step + Config::kStages - 1);
-      multiply(smem_stages[step % Config::kStages]);
-    }
-  }
-
-  // Of each pair of neighbours in the tile: visit(row, column, their sums).
-  template <class Visit>
-  LOWFAT_DEVICE void each_pair(const Visit& visit) const {
-    const device::Position warp = warp_place<Config>();
-#pragma unroll
-    for (int i = 0; i < Config::kRowFragments; ++i) {
-#pragma unroll
-      for (int j = 0; j < Config::kColumnFragments; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const device::Position at = device::mma_d(device::lane_index(), 2 * half);
-          visit(warp.row + i * 16 + at.row, warp.column + j * 8 + at.column, sums[i][j][2 * half], sums[i][j][2 * half + 1]);
-        }
-      }
-    }
-  }
-
-  LOWFAT_DEVICE void store_partials() const {
-    float* gmem = p.partials + int64_t{place.split} * p.rows * p.columns;
-    each_pair([&](int row, int column, float left, float right) {
-      row += first_row(), column += first_column();
-      if (row >= p.rows || column >= p.columns) return;
-      device::store(reinterpret_cast<float2*>(gmem + (int64_t{row} * p.columns + column)), make_float2(left, right));
-    });
-  }
-
-  // Through shared memory, where the stages were, to be written in pieces of 16 bytes.
-  LOWFAT_DEVICE void store_c(uint16_t* smem_c) const {
-    __syncthreads();
-    each_pair([&](int row, int column, float left, float right) {
-      *reinterpret_cast<uint32_t*>(smem_c + row * c_stride(Config::kTile) + column) = device::pack2<T>(left, right);
-    });
-    __syncthreads();
-    constexpr int kPieces = Config::kTile / 8;
-    for (int i = threadIdx.x; i < Config::kTile * kPieces; i += Config::kThreads) {
-      const int row = first_row() + i / kPieces, column = first_column() + i % kPieces * 8;
-      if (row >= p.rows || column >= p.columns) continue;
-      const uint16_t* from = smem_c + i / kPieces * c_stride(Config::kTile) + i % kPieces * 8;
-      device::store16(p.c + (int64_t{row} * p.columns + column), device::load16_shared(from));
-    }
-  }
-
-  LOWFAT_DEVICE void store_a_sums() const {
-    const int lane = device::lane_index(), fragment = device::warp_index() % kBackwardWarpColumns;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = device::quad_sum(a_sums[half]);
-      const int row = first_row() + warp_place<Config>().row + fragment * 16 + device::mma_d(lane, 2 * half).row;
-      if (lane % 4 != 0 || fragment >= Config::kRowFragments || row >= p.rows) continue;
-      if (p.a_sum) {
-        device::store(p.a_sum + row, device::narrow<T>(sum));
-      } else {
-        device::store(p.a_partials + (int64_t{place.split} * p.rows + row), sum);
-      }
-    }
-  }
-};
-
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks) backward_products(
-    const __grid_constant__ BackwardProducts p) {
+    const __grid_constant__ BackwardProducts all) {
+  using Sizes = typename Config::Sizes;
   auto& smem = *reinterpret_cast<typename Config::Shared*>(device::shared_memory());
   const int index = blockIdx.x;
-  const bool is_second = index >= p.blocks_of_first;
-  Tile<Config> tile(p.list[is_second], is_second ? index - p.blocks_of_first : index);
-  tile.multiply_split(smem.stages);
-  if (tile.p.partials) {
-    tile.store_partials();
-  } else if (tile.p.c) {
-    tile.store_c(smem.c);
+  const bool is_second = index >= all.blocks_of_first;
+  const BackwardProduct& p = all.list[is_second];
+  const Place place = place_of(p.row_tiles, p.column_tiles, is_second ? index - all.blocks_of_first : index);
+  const TileOfC tile{place.row_tile * Config::kTile, place.column_tile * Config::kTile, p.rows, p.columns, p.columns};
+  const bool sums_a = Config::kIsAcross && (p.a_sum || p.a_partials) && place.column_tile == 0;
+
+  const Range steps = steps_of_split(Config::kTile, p.depth, p.splits, place.split);
+  const int from = steps.first * Config::kDepth, a_rows = Config::kIsAcross ? p.depth : p.rows;
+  const int a_columns = Config::kIsAcross ? p.rows : p.depth;
+  TileSums<Sizes> sums;
+  sums.multiply_steps(smem.stages, copies_of_a<Sizes>({p.a, a_rows, a_columns, a_columns}, tile.first_row, from),
+                      CopiesOfB<Sizes>({p.b, p.depth, p.columns, p.columns}, from, tile.first_column),
+                      steps.last - steps.first, sums_a);
+
+  if (p.partials) {
+    sums.store_floats(p.partials + int64_t{place.split} * p.rows * p.columns, tile);
+  } else if (p.c) {
+    sums.store_rounded(p.c, tile, smem.c);
   }
-  if (tile.sums_a) tile.store_a_sums();
+  if (sums_a) sums.store_a_sums(p.a_sum, p.a_partials, place.split, tile.first_row, p.rows);
 }
 
 // --- sums over splits ---
