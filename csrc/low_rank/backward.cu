@@ -58,20 +58,6 @@ struct BackwardProducts {
   int blocks_of_first;
 };
 
-// Floats that splits have left, to be added up: sum [count].
-struct BackwardSum {
-  const float* partials;  // [splits, count]
-  void* sum;              // [count] of the dtype, or float
-  int64_t count;          // a multiple of 8
-  int splits;
-  bool is_added;  // to the floats that are there
-};
-
-struct BackwardSums {
-  BackwardSum list[3];
-  int count;
-};
-
 // --- products ---
 
 template <class Config>
@@ -135,6 +121,24 @@ __global__ void __launch_bounds__(Config::kThreads) backward_sums(const __grid_c
 
 // --- launch ---
 
+template <class T>
+const char* add_up(const BackwardSums& sums, int sm_count, void* stream) {
+  using Config = BackwardSumConfig<T>;
+  int64_t most = 0;
+  for (int i = 0; i < sums.count; ++i) most = sums.list[i].count > most ? sums.list[i].count : most;
+  const int64_t blocks = device::ceil_div(most, 4 * Config::kThreads);
+  device::Launch shape;
+  shape.grid = dim3(static_cast<unsigned>(blocks < 8 * sm_count ? blocks : 8 * sm_count));
+  shape.threads = Config::kThreads;
+  shape.stream = stream;
+  return device::launch(backward_sums<Config>, shape, sums);
+}
+
+const char* launch_sums(const BackwardSums& sums, Dtype dtype, int sm_count, void* stream) {
+  return dtype == Dtype::bfloat16 ? add_up<device::Bf16>(sums, sm_count, stream)
+                                  : add_up<device::Fp16>(sums, sm_count, stream);
+}
+
 inline BackwardProduct product_of(const uint16_t* a, const uint16_t* b, int rows, int columns, int depth, int tile,
                                   int splits) {
   BackwardProduct p{};
@@ -172,18 +176,6 @@ struct Backward {
     return device::launch(backward_products<Config>, shape, products);
   }
 
-  const char* add_up(const BackwardSums& sums) const {
-    using Config = BackwardSumConfig<T>;
-    int64_t most = 0;
-    for (int i = 0; i < sums.count; ++i) most = sums.list[i].count > most ? sums.list[i].count : most;
-    const int64_t blocks = device::ceil_div(most, 4 * Config::kThreads);
-    device::Launch shape;
-    shape.grid = dim3(static_cast<unsigned>(blocks < 8 * sm_count ? blocks : 8 * sm_count));
-    shape.threads = Config::kThreads;
-    shape.stream = stream;
-    return device::launch(backward_sums<Config>, shape, sums);
-  }
-
   const char* dh() const {
     BackwardProduct one = product_of(p.dy, p.u, p.m, p.r, p.n, kTile, plan.dh_splits);
     if (plan.dh_splits == 1) {
@@ -192,7 +184,7 @@ struct Backward {
     }
     one.partials = p.partials;
     if (const char* error = multiply<false>(&one, 1)) return error;
-    return add_up({{{p.partials, p.dh, int64_t{p.m} * p.r, plan.dh_splits, false}}, 1});
+    return add_up<T>({{{p.partials, p.dh, int64_t{p.m} * p.r, plan.dh_splits, false}}, 1}, sm_count, stream);
   }
 
   const char* dx() const {
@@ -231,7 +223,7 @@ struct Backward {
       place(p.dv, int64_t{p.r} * p.k, dv.c, dv.partials);
     }
     if (const char* error = multiply<true>(list, count)) return error;
-    return is_summed_later ? add_up(sums) : nullptr;
+    return is_summed_later ? add_up<T>(sums, sm_count, stream) : nullptr;
   }
 
   const char* all() const {

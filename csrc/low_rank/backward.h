@@ -29,6 +29,23 @@ struct BackwardParams {
 // Returns null, or what CUDA says is wrong.
 const char* launch_backward(const BackwardPlan& plan, const BackwardParams& params, Dtype dtype, int sm_count, void* stream);
 
+// Floats that splits have left, to be added up: sum [count].
+struct BackwardSum {
+  const float* partials;  // [splits, count]
+  void* sum;              // [count] of the dtype, or float
+  int64_t count;          // a multiple of 8
+  int splits;
+  bool is_added;  // to the floats that are there
+};
+
+struct BackwardSums {
+  BackwardSum list[3];
+  int count;
+};
+
+// One launch for all of them, also for other ops; of bf16 or fp16. Returns null, or what CUDA says is wrong.
+const char* launch_sums(const BackwardSums& sums, Dtype dtype, int sm_count, void* stream);
+
 constexpr int64_t kBackwardRows = 64;   // m from which
 constexpr int64_t kBackwardRank = 256;  // and r up to which the kernels are used
 
