@@ -62,6 +62,10 @@ MONARCH = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 # monarch/backward.cu. In front of the first barrier two stages are asked for: of a group of 1, 2, 4, 8 blocks five, three, four,
 # six pieces. Two CTAs share a multiprocessor. Sums over splits have four loads on their way.
 MONARCH_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", registers=128)
+# sparse24/backward.cu. In front of the first barrier the selecting product asks for three stages, two pieces of each operand; the
+# expanding one for two of a and three of values. Loads to registers are of the mask and of where runs begin: words, one at a
+# time. Two blocks of the large tile share a multiprocessor.
+SPARSE_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32")
 # monarch/stationary.cu: code for an sm_90a alone, 168 registers before they are moved to the warpgroup of the second product.
 # Tiles: of v, of u, of x. Fences: those of the cluster's two barriers (the block's and the GPU's), and the one before the
 # runs are sent off: no other, for it would wait for stores of y. Those of the copy engine: barriers are there, of each loop
@@ -101,6 +105,11 @@ KERNELS = [
     Expected("monarch/backward.cu", r"backward_product<.*(true|false), 4>", copies_before_barrier=8, **MONARCH_BACKWARD),
     Expected("monarch/backward.cu", r"backward_product<.*true, 8>", copies_before_barrier=12, **MONARCH_BACKWARD),
     Expected("monarch/backward.cu", r"monarch::backward_sums<", registers=64, weight_loads=4),
+    Expected("sparse24/backward.cu", r"backward_select<.*128>", registers=128, copies_before_barrier=12, **SPARSE_BACKWARD),
+    Expected("sparse24/backward.cu", r"backward_select<.*64>", registers=80, copies_before_barrier=12, **SPARSE_BACKWARD),
+    Expected("sparse24/backward.cu", r"backward_expand<.*128>", registers=128, copies_before_barrier=13, **SPARSE_BACKWARD),
+    Expected("sparse24/backward.cu", r"backward_expand<.*64>", registers=96, copies_before_barrier=13, **SPARSE_BACKWARD),
+    Expected("sparse24/backward.cu", r"backward_count<", registers=40),
     Expected("monarch/stationary.cu", r"stationary_product<.*16, [248]>", tensor_core=r"HGMMA\.64x16x16\.F32", **STATIONARY),
     Expected("monarch/stationary.cu", r"stationary_product<.*32, [248]>", tensor_core=r"HGMMA\.64x32x16\.F32", **STATIONARY),
     Expected("monarch/stationary.cu", r"stationary_product<", registers=8, archs=("sm_80",)),
