@@ -41,7 +41,7 @@ const Shape kShapes[] = {
     {{20, 136, 16, 9, 2, 3, 0, 0}, 0, 0},        // the last rows of blocks are missing
     {{70, 64, 8, 9, 1, 8, 0, 0}, 2, 0},          // and a whole block of them
     {{130, 272, 136, 2, 2, 60, 0, 0}, 2, 2},     // the large tile
-    {{65, 72, 2120, 1, 1, 530, 0, 0}, 0, 0},     // more words than lanes
+    {{9, 24, 2120, 1, 1, 530, 0, 0}, 0, 0},      // more words than lanes
 };
 constexpr size_t kShapeCount = sizeof kShapes / sizeof *kShapes;
 
@@ -262,6 +262,7 @@ void whole_numbers(uint64_t seed) {
 // Each set of gradients, with and without splits, groups and blocks: the same bits as all of them, and nothing else read or
 // written.
 void every_choice(uint64_t seed) {
+  if (has_run<device::Bf16>(seed)) return;
   for (bool has_groups : {false, true}) {
     for (int splits : {1, 2}) {
       if ((has_groups + splits + seed) % 2) continue;  // every other seed
@@ -316,6 +317,7 @@ void zeros_that_are_kept(uint64_t seed) {
 
 // Wrong masks: no access outside, all gradients written, the same ones each time; gradient 0 where no bit names a value.
 void wrong_masks(uint64_t seed) {
+  if (has_run<device::Bf16>(seed)) return;
   static std::map<int, Gradients> first;
   const SparseSizes sizes[] = {{65, 72, 40, 1, 1, 20, 2, 4}, {65, 72, 200, 1, 1, 50, 0, 0}, {65, 144, 24, 2, 3, 5, 0, 0},
                                {65, 72, 264, 1, 1, 132, 2, 4}};
