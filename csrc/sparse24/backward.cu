@@ -400,6 +400,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks) backward_ex
 
 template <class Config>
 const char* launch_product(void (*kernel)(SparseProduct), const SparseProduct& p, void* stream) {
+  static_assert(sizeof(typename Config::Shared) <= kBackwardSmemBytes, "two blocks share a multiprocessor");
   device::Launch shape;
   shape.grid = dim3(p.row_tiles * p.column_tiles * p.o.sizes.p * p.q * p.splits);
   shape.threads = Config::kThreads;

@@ -29,7 +29,33 @@ struct BackwardOperands {
 const char* launch_backward(const BackwardPlan& plan, const BackwardOperands& operands, Dtype dtype, int sm_count,
                             void* stream);
 
-// The plan of a call, with tile 0 where the library does it: a pure function of the problem (backward_config.cpp).
-BackwardPlan choose_backward(const Problem& problem, int64_t kept, int64_t group, int needs);
+// The same by the library needs the factor with its zeros, and of its dense gradient what is kept (backward_dense.cu). Any
+// dtype, as its elements' bytes: 2, 4 or 8.
+struct DenseOperands {
+  const void* from;      // values [rows, stored]; or dense [rows, columns]
+  void* to;              // the other one
+  const uint32_t* mask;  // [rows, words]
+  int64_t rows;          // of all blocks
+  int columns, stored;
+};
+
+// Return null, or what CUDA says is wrong.
+const char* launch_expand_dense(const DenseOperands& operands, int element_bytes, int sm_count, void* stream);
+const char* launch_select_dense(const DenseOperands& operands, int element_bytes, int sm_count, void* stream);
+
+constexpr int64_t kBackwardRows = 64;  // m from which the kernels are used
+
+// The kernels have NEVER RUN ON A GPU, and no speed is claimed: until somebody has measured, they take the shapes where a tile
+// is not mostly empty, because the library's products need the factor and its gradient dense.
+inline bool has_backward_kernels(const Problem& p) {
+  return (p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16) && p.device == Device::cuda && p.arch >= 80 &&
+         p.arch <= 90 && p.is_aligned && p.m >= kBackwardRows;
+}
+
+// The plan of a call, with tile 0 where the library does it.
+inline BackwardPlan choose_backward(const Problem& p, int needs) {
+  if (!has_backward_kernels(p) || p.kept < 1 || p.group < p.kept || p.k % p.group) return {};
+  return plan_backward(p.m, p.n, p.k, 1, 1, p.k / p.group * p.kept, p.kept, p.group, needs, p.sm_count);
+}
 
 }  // namespace sparse24

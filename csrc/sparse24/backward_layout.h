@@ -67,6 +67,9 @@ LOWFAT_CONSTEXPR int run_pieces(int tile) { return tile / 8 + 1; }
 // bank twice.
 LOWFAT_CONSTEXPR int run_stride(int tile) { return tile + 4; }
 
+// Of shared memory, at most: two blocks share a multiprocessor of an sm_80.
+constexpr int kBackwardSmemBytes = 80 << 10;
+
 // --- the plan of a call ---
 
 enum BackwardNeeds { kNeedsDx = 1, kNeedsDvalues = 2, kNeedsDb = 8 };

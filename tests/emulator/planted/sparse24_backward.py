@@ -18,8 +18,6 @@ MUTANTS = [
            "const int first = 0;", TEST),
     Mutant("select: words past the last are the next row's", KERNEL, "first + i < s.words() ? device::load(gmem + i) : 0",
            "device::load(gmem + i)", TEST),
-    Mutant("select: rows past the last are written", KERNEL, "row < Config::kTile && has_row(row); row +=",
-           "row < Config::kTile; row +=", TEST),
     Mutant("select: values that no bit names are left as they are", KERNEL, "i < run.count; i += device::kWarpThreads",
            "i < smaller(selected, run.count); i += device::kWarpThreads", TEST),
     Mutant("select: what lies behind a run where no bit names a value", KERNEL, "i < selected ? smem.runs", "i < 999 ? smem.runs",

@@ -1,0 +1,79 @@
+// A sparse factor with its zeros, and of a dense matrix what a bitmap keeps: for the gradients that the library computes.
+//
+//   values [rows, stored]   mask [rows, words]   dense [rows, columns]      any dtype: only moved
+//
+// A warp has a row, and goes along it by a word of the mask at a time, a column to each lane. An entry's place among the values
+// is the number of bits in front of it. A wrong mask gives wrong numbers, but no access outside: what is past the row's values
+// is zero, and values that no bit names become zero.
+//
+// Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
+#include "device/bits.h"
+#include "device/launch.h"
+#include "device/load.h"
+#include "sparse24/backward.h"
+
+namespace sparse24 {
+
+template <class T, bool kIntoDense>
+struct DenseConfig {
+  using Element = T;  // unsigned
+  static constexpr bool kExpands = kIntoDense;
+  static constexpr int kThreads = 256;
+  static constexpr int kWarps = kThreads / device::kWarpThreads;
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads) backward_dense(const __grid_constant__ DenseOperands p) {
+  using Element = typename Config::Element;
+  const int lane = device::lane_index(), words = parts_of(p.columns, kWordBits);
+  for (int64_t row = int64_t{blockIdx.x} * Config::kWarps + device::warp_index(); row < p.rows;
+       row += int64_t{gridDim.x} * Config::kWarps) {
+    const Element* from = static_cast<const Element*>(p.from) + row * (Config::kExpands ? p.stored : p.columns);
+    Element* to = static_cast<Element*>(p.to) + row * (Config::kExpands ? p.columns : p.stored);
+    int before = 0;
+    for (int first = 0; first < p.columns; first += kWordBits) {
+      uint32_t word = device::load(p.mask + (row * words + first / kWordBits));
+      if (p.columns - first < kWordBits) word &= (1u << (p.columns - first)) - 1;
+      const int column = first + lane, place = before + device::popcount(word & ((1u << lane) - 1));
+      const bool is_kept = (word >> lane & 1) && place < p.stored;
+      if constexpr (Config::kExpands) {
+        if (column < p.columns) device::store(to + column, is_kept ? device::load(from + place) : Element{0});
+      } else {
+        if (is_kept) device::store(to + place, device::load(from + column));
+      }
+      before += device::popcount(word);
+    }
+    for (int i = before + lane; !Config::kExpands && i < p.stored; i += device::kWarpThreads) device::store(to + i, Element{0});
+  }
+}
+
+template <class T, bool kIntoDense>
+const char* launch_dense(const DenseOperands& operands, int sm_count, void* stream) {
+  using Config = DenseConfig<T, kIntoDense>;
+  const int64_t blocks = device::ceil_div(operands.rows, Config::kWarps);
+  device::Launch shape;
+  shape.grid = dim3(static_cast<unsigned>(blocks < 8 * sm_count ? blocks : 8 * sm_count));
+  shape.threads = Config::kThreads;
+  shape.stream = stream;
+  return device::launch(backward_dense<Config>, shape, operands);
+}
+
+template <bool kIntoDense>
+const char* launch_of_bytes(const DenseOperands& operands, int element_bytes, int sm_count, void* stream) {
+  switch (element_bytes) {
+    case 2: return launch_dense<uint16_t, kIntoDense>(operands, sm_count, stream);
+    case 4: return launch_dense<uint32_t, kIntoDense>(operands, sm_count, stream);
+    case 8: return launch_dense<uint64_t, kIntoDense>(operands, sm_count, stream);
+    default: return "elements of 2, 4 or 8 bytes are covered, no others";
+  }
+}
+
+const char* launch_expand_dense(const DenseOperands& operands, int element_bytes, int sm_count, void* stream) {
+  return launch_of_bytes<true>(operands, element_bytes, sm_count, stream);
+}
+
+const char* launch_select_dense(const DenseOperands& operands, int element_bytes, int sm_count, void* stream) {
+  return launch_of_bytes<false>(operands, element_bytes, sm_count, stream);
+}
+
+}  // namespace sparse24
