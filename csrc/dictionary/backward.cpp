@@ -1,0 +1,201 @@
+// Host side of the gradients of dictionary on a GPU: checks, plan, launches, products of the library, registration.
+//   dy [..., n]   x [..., k]   h [P, m, Q a]   d [P, Q, a, p]   values [n, Q s]   support
+#include "dictionary/backward.h"
+
+#ifdef LOWFAT_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "dictionary/forward.h"
+#include "host/call_counter.h"
+#include "host/cuda_launch.h"
+#include "host/cuda_stream.h"
+#include "host/gpu.h"
+#include "monarch/library.h"
+
+namespace dictionary {
+namespace {
+
+using monarch::padded, monarch::permuted, monarch::shaped;
+using torch::stable::matmul, torch::stable::transpose;
+
+CallCounter kernel_calls("dictionary_backward", "cuda", "kernels"), library_calls("dictionary_backward", "cuda", "library");
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dd, dvalues, db; empty where not wanted
+
+constexpr int kNeedsDh = kNeedsDx | kNeedsDd;
+
+// The conditions that the reference checks with a named error.
+Call check(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& h, const Tensor& d, const Tensor& values,
+           const Tensor& support) {
+  const Call s = dictionary::check(x, d, values, support, std::nullopt);
+  const auto x_sizes = x.sizes(), dy_sizes = dy.sizes();
+  const bool is_like_y = dy.dim() == x.dim() && std::equal(x_sizes.begin(), x_sizes.end() - 1, dy_sizes.begin()) &&
+                         dy.size(dy.dim() - 1) == s.n;
+  STD_TORCH_CHECK(is_like_y, "dictionary_backward: dy must be [..., ", s.n, "] with the leading sizes of x");
+  STD_TORCH_CHECK(!h || (h->dim() == 3 && h->size(0) == s.b_out && h->size(1) == s.m && h->size(2) == s.middle()),
+                  "dictionary_backward: h must be [", s.b_out, ", ", s.m, ", ", s.middle(), "]");
+  STD_TORCH_CHECK(kind_of(dy) == s.kind && (!h || kind_of(*h) == s.kind),
+                  "dictionary_backward: dy and h must have one dtype with x (or use autocast) and be on its device");
+  return s;
+}
+
+// [m, k] -> [Q, m, p]
+Tensor split_inputs(const Call& s, const Tensor& x) {
+  return transpose(shaped(padded(x, s.b_in * s.p), {s.m, s.b_in, s.p}), 0, 1);
+}
+
+// [m, n] -> [P, m, rows of a block]
+Tensor split_outputs(const Call& s, const Tensor& dy) {
+  return transpose(shaped(padded(dy, s.b_out * s.rows()), {s.m, s.b_out, s.rows()}), 0, 1);
+}
+
+Tensor middle_of(const Call& s, const Tensor& blocks_x, const Tensor& d) {
+  const Tensor blocks = matmul(blocks_x, transpose(d, 2, 3));  // [P, Q, m, a]
+  return as_contiguous(shaped(transpose(blocks, 1, 2), {s.b_out, s.m, s.middle()}));
+}
+
+// Contiguous, dy and x as rows: the same bits for every layout of the same values. h where dvalues are wanted.
+struct Arguments {
+  Tensor dy, x, d, values, support;
+  std::optional<Tensor> h;
+
+  Arguments(const Call& s, const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any, const Tensor& d_any,
+            const Tensor& values_any, const Tensor& support_any, int64_t needs)
+      : dy(torch::stable::view(as_contiguous(dy_any), {s.m, s.n})),
+        x(torch::stable::view(as_contiguous(x_any), {s.m, s.k})),
+        d(as_contiguous(d_any)),
+        values(as_contiguous(values_any)),
+        support(as_contiguous(support_any)) {
+    if (needs & kNeedsDvalues) h = h_any ? as_contiguous(*h_any) : middle_of(s, split_inputs(s, x), d);
+  }
+};
+
+// What both ways need: where, and the bitmap of the support.
+struct Launches {
+  const Call& s;
+  Gpu gpu;
+  void* stream;
+
+  void done(const char* error) const { check_launch("dictionary_backward", error, gpu.arch); }
+
+  Tensor bitmap(const Tensor& support) const {
+    if (s.is_bitmap) return support;
+    const Tensor mask = floats(s.kind, s.n * s.b_in * s.words());  // a word for each float
+    const MarkOperands operands{static_cast<const int16_t*>(support.const_data_ptr()),
+                                static_cast<uint32_t*>(mask.mutable_data_ptr()), s.n * s.b_in,
+                                static_cast<int>(s.words()), static_cast<int>(s.s)};
+    if (s.n > 0 && s.a > 0) done(launch_mark(operands, gpu.sm_count, stream));
+    return mask;
+  }
+};
+
+const uint32_t* words_of(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
+
+// --- the gradients of y = h s^T: dh, dvalues, db ---
+
+struct Inner {
+  Tensor dh, dvalues, db;  // dh [P, m, Q a]; empty where not wanted
+};
+
+template <class Gradient>
+Tensor wanted(const Call& s, bool is_needed, const Gradient& gradient) {
+  return is_needed ? gradient() : empty(s.kind, {0});
+}
+
+// What the reference does: by torch's own products, of the dense coefficients.
+Inner library(const Launches& on, const Arguments& in, const Tensor& mask, int64_t needs) {
+  library_calls.count();
+  const Call& s = on.s;
+  const Tensor blocks_dy = split_outputs(s, in.dy);
+  const auto moved = [&](const auto& launch, const Tensor& from, int64_t columns) {
+    const Tensor to = empty(s.kind, {s.n, s.b_in * columns});
+    const sparse24::DenseOperands operands{from.const_data_ptr(), to.mutable_data_ptr(), words_of(mask), s.n * s.b_in,
+                                           static_cast<int>(s.a), static_cast<int>(s.s)};
+    const int bytes = s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2;
+    if (s.n > 0 && s.a > 0) on.done(launch(operands, bytes, on.gpu.sm_count, on.stream));
+    return to;
+  };
+  const int64_t rows[] = {0}, more[] = {0, 0, 0, s.b_out * s.rows() - s.n};  // of s: up to whole blocks
+  return {wanted(s, needs & kNeedsDh,
+                 [&] {
+                   const Tensor codes = moved(sparse24::launch_expand_dense, in.values, s.a);
+                   const Tensor whole = more[3] == 0 ? codes : torch::stable::pad(codes, more);
+                   return matmul(blocks_dy, shaped(whole, {s.b_out, s.rows(), s.middle()}));
+                 }),
+          wanted(s, needs & kNeedsDvalues,
+                 [&] {
+                   const Tensor blocks = matmul(transpose(blocks_dy, 1, 2), *in.h);
+                   Tensor all = shaped(blocks, {s.b_out * s.rows(), s.middle()});
+                   return moved(sparse24::launch_select_dense, as_contiguous(torch::stable::narrow(all, 0, 0, s.n)), s.s);
+                 }),
+          wanted(s, needs & kNeedsDb, [&] { return torch::stable::sum(in.dy, rows); })};
+}
+
+Inner kernels(const Launches& on, const sparse24::BackwardPlan& plan, const Arguments& in, const Tensor& mask,
+              int64_t needs) {
+  kernel_calls.count();
+  const Call& s = on.s;
+  const auto made = [&](bool is_needed, std::vector<int64_t> sizes) {
+    return wanted(s, is_needed, [&] { return empty(s.kind, sizes); });
+  };
+  Inner inner{made(needs & kNeedsDh, {s.b_out, s.m, s.middle()}), made(needs & kNeedsDvalues, {s.n, s.b_in * s.s}),
+              made(needs & kNeedsDb, {s.n})};
+  const Tensor starts = floats(s.kind, plan.starts), partials = floats(s.kind, plan.partials);  // an int for each float
+  const auto to = [](const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); };
+  const auto size = [](int64_t value) { return static_cast<int>(value); };
+  const sparse24::BackwardOperands operands{
+      elements(in.dy), in.h ? elements(*in.h) : nullptr, elements(in.values), words_of(mask),
+      static_cast<int32_t*>(starts.mutable_data_ptr()), float_data(partials), to(inner.dh), to(inner.dvalues), to(inner.db),
+      {size(s.m), size(s.n), size(s.a), size(s.b_out), size(s.b_in), size(s.s), 0, 0}, sparse_needs(size(needs))};
+  on.done(sparse24::launch_backward(plan, operands, s.dtype, on.gpu.sm_count, on.stream));
+  return inner;
+}
+
+// --- the op ---
+
+// One sum over all atoms of all output blocks.
+Tensor input_gradient(const Call& s, const Tensor& dh, const Tensor& d) {
+  const Tensor by_inputs = permuted(shaped(dh, {s.b_out, s.m, s.b_in, s.a}), {2, 1, 0, 3});
+  const Tensor atoms = shaped(transpose(d, 0, 1), {s.b_in, s.b_out * s.a, s.p});
+  const Tensor blocks = matmul(shaped(by_inputs, {s.b_in, s.m, s.b_out * s.a}), atoms);
+  Tensor rows = shaped(transpose(blocks, 0, 1), {s.m, s.b_in * s.p});
+  return as_contiguous(torch::stable::narrow(rows, 1, 0, s.k));
+}
+
+Tensor dictionary_gradient(const Call& s, const Tensor& dh, const Tensor& x) {
+  const Tensor by_atoms = permuted(shaped(dh, {s.b_out, s.m, s.b_in, s.a}), {0, 2, 3, 1});
+  return as_contiguous(matmul(by_atoms, split_inputs(s, x)));
+}
+
+Gradients dictionary_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
+                                   const Tensor& d_any, const Tensor& values_any, const Tensor& support_any, int64_t needs) {
+  const Call s = check(dy_any, x_any, h_any, d_any, values_any, support_any);
+  needs &= kNeedsDx | kNeedsDd | kNeedsDvalues | kNeedsDb;
+  const int device = s.kind.device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Arguments in(s, dy_any, x_any, h_any, d_any, values_any, support_any, needs);
+  const Launches on{s, gpu_of(device), current_cuda_stream(device)};
+  Problem problem;
+  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.a, problem.kept = s.s;
+  problem.b_out = s.b_out, problem.b_in = s.b_in;
+  problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = on.gpu.arch, problem.sm_count = on.gpu.sm_count;
+  problem.is_aligned = is_aligned(in.dy) && is_aligned(in.values) && (!in.h || is_aligned(*in.h));
+  const sparse24::BackwardPlan plan = choose_backward(problem, static_cast<int>(needs));
+  const Tensor mask = on.bitmap(in.support);
+  Inner inner = plan.tile == 0 || needs == 0 ? library(on, in, mask, needs) : kernels(on, plan, in, mask, needs);
+  Tensor dx = wanted(s, needs & kNeedsDx, [&] { return input_gradient(s, inner.dh, in.d); });
+  if (needs & kNeedsDx && x_any.dim() != 2) dx = torch::stable::view(dx, x_any.sizes());
+  return {std::move(dx), wanted(s, needs & kNeedsDd, [&] { return dictionary_gradient(s, inner.dh, in.x); }),
+          std::move(inner.dvalues), std::move(inner.db)};
+}
+
+}  // namespace
+}  // namespace dictionary
+
+STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) {
+  m.impl("dictionary_backward", TORCH_BOX(&dictionary::dictionary_backward_cuda));
+}
+#endif

@@ -1,0 +1,33 @@
+"""Bugs planted in what the gradients of a dictionary add to those of a sparse factor (sparse24_backward.py)."""
+from .mutant import Mutant
+
+KERNEL = "csrc/dictionary/backward.cu"
+DENSE = "csrc/sparse24/backward_dense.cu"
+TEST = "dictionary_backward_test"
+DENSE_TEST = "sparse24_backward_dense_test"
+
+MUTANTS = [
+    Mutant("mark: looks behind the first position of a word", KERNEL, "device::load(positions + middle) < first",
+           "device::load(positions + middle) <= first", TEST),
+    Mutant("mark: the first row's positions for all", KERNEL, "p.positions + i / p.words * p.stored", "p.positions", TEST),
+    Mutant("mark: bits of the next word", KERNEL, "bit >= sparse24::kWordBits) break;", "bit > sparse24::kWordBits) break;", TEST),
+    Mutant("mark: the last position forgotten", KERNEL, "for (; at < p.stored; ++at)", "for (; at < p.stored - 1; ++at)", TEST),
+    Mutant("mark: past a row's positions", KERNEL, "for (; at < p.stored; ++at)", "for (; at <= p.stored; ++at)", TEST),
+    Mutant("mark: search past a row's positions", KERNEL, "for (int end = p.stored; at < end;)",
+           "for (int end = p.stored + 1; at < end;)", TEST),
+    Mutant("mark: bits below the first", KERNEL, "if (bit < 0 || bit", "if (bit", TEST),
+    Mutant("mark: dd without dh", "csrc/dictionary/backward.h", "(needs & (kNeedsDx | kNeedsDd) ?", "(needs & kNeedsDx ?", TEST),
+    Mutant("dense: an entry counts itself", DENSE, "word & ((1u << lane) - 1)", "word & ((2u << lane) - 1)", DENSE_TEST),
+    Mutant("dense: words in front forgotten", DENSE, "before += device::popcount(word);", "before = device::popcount(word);",
+           DENSE_TEST),
+    Mutant("dense: bits behind the last column", DENSE, "if (p.columns - first < kWordBits) word &=", "if (false) word &=",
+           DENSE_TEST),
+    Mutant("dense: values past a row's", DENSE, "(word >> lane & 1) && place < p.stored", "word >> lane & 1", DENSE_TEST),
+    Mutant("dense: columns past the last", DENSE, "if (column < p.columns) device::store", "device::store", DENSE_TEST),
+    Mutant("dense: what is not kept is not zero", DENSE, "is_kept ? device::load(from + place) : Element{0}",
+           "device::load(from + place)", DENSE_TEST),
+    Mutant("dense: values that no bit names are left as they are", DENSE, "!Config::kExpands && i < p.stored;", "false;",
+           DENSE_TEST),
+    Mutant("dense: the first row's values for all", DENSE, "+ row * (Config::kExpands ? p.stored : p.columns)", "+ 0",
+           DENSE_TEST),
+]
