@@ -62,8 +62,8 @@ struct Arguments {
   Tensor dy, x, d, values, support;
   std::optional<Tensor> h;
 
-  Arguments(const Call& s, const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any, const Tensor& d_any,
-            const Tensor& values_any, const Tensor& support_any, int64_t needs)
+  Arguments(const Call& s, const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
+            const Tensor& d_any, const Tensor& values_any, const Tensor& support_any, int64_t needs)
       : dy(torch::stable::view(as_contiguous(dy_any), {s.m, s.n})),
         x(torch::stable::view(as_contiguous(x_any), {s.m, s.k})),
         d(as_contiguous(d_any)),

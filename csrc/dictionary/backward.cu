@@ -2,8 +2,8 @@
 //
 //   positions [rows, stored]   int16, ascending      mask [rows, words]
 //
-// A thread has a word: it looks for the first position in it or behind it, by halves, and sets bits until one is behind. Positions
-// that are wrong set the wrong bits, or none; nothing outside is read or written.
+// A thread has a word: it looks for the first position in it or behind it, by halves, and sets bits until one is behind.
+// Positions that are wrong set the wrong bits, or none; nothing outside is read or written.
 //
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "dictionary/backward.h"

@@ -1,5 +1,5 @@
-// What the host side and the kernels of dictionary's gradients share: those of y = h s^T are sparse24's (sparse24/backward.h),
-// over the bitmap of s; the dense products with the dictionary are the library's.
+// What the host side and the kernels of dictionary's gradients share: those of y = h s^T are sparse24's, over the bitmap of
+// s (sparse24/backward.h); the dense products with the dictionary are the library's.
 #pragma once
 
 #include <cstdint>

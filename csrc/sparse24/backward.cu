@@ -1,15 +1,15 @@
 // The gradients of a sparse factor with a bitmap on a GPU, by dy: never its dense gradient [n, k], and of the factor no more
 // dense than two tiles in shared memory.
 //
-//   x [m, k]   values [n, stored]   mask [n, words]   dy [m, n]      bf16 or fp16, rows of x and dy 16-byte aligned, sums in float
+//   x [m, k]   values [n, stored]   mask [n, words]   dy [m, n]   bf16 or fp16, rows of x and dy 16-byte aligned, float sums
 //
 //   dx = dy w        [m, k]       expanding product: w's tiles are made dense on their way to the tensor core
 //   dvalues          [n, stored]  selecting product: tiles of dy^T x, of which only what the mask keeps leaves the GPU
 //   db = sum of dy   [n]          by whoever has the first columns of dvalues
 //
-// The factor may lie in p x q blocks, each with columns and an x of its own (a dictionary's coefficients, h, dh). Tiles, splits
-// and what becomes of them are those of low_rank/backward.cu. What is new: of each row, the values in one tile are a run. Where
-// it begins is arithmetic where each group keeps as many; else one launch counts the bits of all rows first.
+// The factor may lie in p x q blocks, each with columns and an x of its own (a dictionary's coefficients, h, dh). Tiles,
+// splits and what becomes of them are those of low_rank/backward.cu. What is new: of each row, the values in one tile are a
+// run. Where it begins is arithmetic where each group keeps as many; else one launch counts the bits of all rows first.
 //
 //   a row of w    . 3 7 . | 5 . . 2 | 1 . 8 . |      mask 0110 1001 1010, lowest bit first
 //   its values      3 7     5     2   1   8          place of a column: the bits in front of it
@@ -199,7 +199,8 @@ struct Selection {
   LOWFAT_DEVICE void store() const {
     using T = typename Config::Element;
     const SparseSizes& s = p.o.sizes;
-    for (int row = device::warp_index(); row < Config::kTile && has_row(row); row += Config::kThreads / device::kWarpThreads) {
+    constexpr int kWarps = Config::kThreads / device::kWarpThreads;
+    for (int row = device::warp_index(); row < Config::kTile && has_row(row); row += kWarps) {
       const Run run = smem.row_runs[row];
       const uint2 last = smem.words[row][Config::kWords - 1];
       const int selected = last.y + device::popcount(last.x);
@@ -260,7 +261,7 @@ struct Expansion {
   int row;                    // of the block: the one whose run comes next
   int mask_row;               // the one whose mask comes next
   Run run{};                  // of `row`
-  uint32_t asked[3] = {};     // of the last stages, oldest first: where the run begins in its first piece, and 8 times its length
+  uint32_t asked[3] = {};     // of the last stages: where the run begins in its first piece, and 8 times its length
   uint32_t bits = 0;          // of the stage that is expanded next
 
   LOWFAT_DEVICE Expansion(const SparseProduct& product, const BlockPlace& place, int first_row)
@@ -341,9 +342,9 @@ struct Expansion {
   }
 };
 
-// Through all steps of a split. What is waited for was asked for two steps before: a of this step, values of the next one. The
-// barrier shows everybody's copies, and what was expanded in the step before; and that nobody still reads where this step
-// writes.
+// Through all steps of a split. What is waited for was asked for two steps before: a of this step, values of the next one.
+// The barrier shows everybody's copies, and what was expanded in the step before; and that nobody still reads where this
+// step writes.
 template <class Config, class Sizes>
 LOWFAT_DEVICE void multiply_expanded(TileSums<Sizes>& sums, typename Config::Stages& smem, low_rank::CopiesOfA<Sizes> a,
                                      Expansion<Config> w, int steps) {
@@ -447,7 +448,8 @@ struct Backward {
     }
     p.partials = o.partials;
     if (const char* error = launch_product<Config>(backward_expand<Config>, p, stream)) return error;
-    return low_rank::launch_sums({{{o.partials, o.dx, o.sizes.outputs(), plan.dx_splits, false}}, 1}, dtype, sm_count, stream);
+    const low_rank::BackwardSums sums{{{o.partials, o.dx, o.sizes.outputs(), plan.dx_splits, false}}, 1};
+    return low_rank::launch_sums(sums, dtype, sm_count, stream);
   }
 
   // dvalues with db. db alone is a product of no columns, whose second operand is never read: the tensor cores multiply

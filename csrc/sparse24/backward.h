@@ -1,5 +1,5 @@
-// What the host side and the backward kernels of a sparse factor share: gradients of y = x w^T by dy [m, n], of w [n, k] with
-// a bitmap; and of a dictionary's y = h s^T, which is the same in blocks.
+// What the host side and the backward kernels of a sparse factor share: gradients of y = x w^T by dy [m, n], of w [n, k]
+// with a bitmap; and of a dictionary's y = h s^T, which is the same in blocks.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace sparse24 {
 
-// Elements are bf16 or fp16, starts 16-byte aligned. What `needs` does not ask for is neither read nor written: no pointer has
-// to be there then.
+// Elements are bf16 or fp16, starts 16-byte aligned. What `needs` does not ask for is neither read nor written: no pointer
+// has to be there then.
 struct BackwardOperands {
   const uint16_t* dy;      // [m, n]
   const uint16_t* x;       // [p, m, q columns], for dvalues
@@ -45,8 +45,8 @@ const char* launch_select_dense(const DenseOperands& operands, int element_bytes
 
 constexpr int64_t kBackwardRows = 64;  // m from which the kernels are used
 
-// The kernels have NEVER RUN ON A GPU, and no speed is claimed: until somebody has measured, they take the shapes where a tile
-// is not mostly empty, because the library's products need the factor and its gradient dense.
+// The kernels have NEVER RUN ON A GPU, and no speed is claimed: until somebody has measured, they take the shapes where a
+// tile is not mostly empty, because the library's products need the factor and its gradient dense.
 inline bool has_backward_kernels(const Problem& p) {
   return (p.dtype == Dtype::bfloat16 || p.dtype == Dtype::float16) && p.device == Device::cuda && p.arch >= 80 &&
          p.arch <= 90 && p.is_aligned && p.m >= kBackwardRows;

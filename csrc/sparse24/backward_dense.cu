@@ -2,9 +2,9 @@
 //
 //   values [rows, stored]   mask [rows, words]   dense [rows, columns]      any dtype: only moved
 //
-// A warp has a row, and goes along it by a word of the mask at a time, a column to each lane. An entry's place among the values
-// is the number of bits in front of it. A wrong mask gives wrong numbers, but no access outside: what is past the row's values
-// is zero, and values that no bit names become zero.
+// A warp has a row, and goes along it by a word of the mask at a time, a column to each lane. An entry's place among the
+// values is the number of bits in front of it. A wrong mask gives wrong numbers, but no access outside: what is past the
+// row's values is zero, and values that no bit names become zero.
 //
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "device/bits.h"
@@ -43,7 +43,9 @@ __global__ void __launch_bounds__(Config::kThreads) backward_dense(const __grid_
       }
       before += device::popcount(word);
     }
-    for (int i = before + lane; !Config::kExpands && i < p.stored; i += device::kWarpThreads) device::store(to + i, Element{0});
+    if constexpr (!Config::kExpands) {
+      for (int i = before + lane; i < p.stored; i += device::kWarpThreads) device::store(to + i, Element{0});
+    }
   }
 }
 

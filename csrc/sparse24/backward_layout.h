@@ -113,8 +113,8 @@ LOWFAT_CONSTEXPR BackwardPlan plan_backward(int64_t m, int64_t n, int64_t column
   if (n % 8 || columns % 8 || (p > 1 && device::ceil_div(n, p) % 8)) return plan;  // rows of 16-byte pieces, of each block
   const SparseSizes s{static_cast<int>(m), static_cast<int>(n), static_cast<int>(columns), static_cast<int>(p),
                       static_cast<int>(q), static_cast<int>(stored), static_cast<int>(kept), static_cast<int>(group)};
-  const bool has_small = s.m <= kSmallTile || s.rows() <= kSmallTile || s.columns <= kSmallTile;  // half a large one is empty
-  const int tile = has_small ? kSmallTile : kLargeTile;
+  const int least = smaller(s.m, smaller(s.rows(), s.columns));
+  const int tile = least <= kSmallTile ? kSmallTile : kLargeTile;  // half of a large one would be empty
   const int64_t of_dx = dx_tiles(s, tile), of_values = values_tiles(s, needs, tile);
   if (of_dx > low_rank::kBackwardMaxBlocks || of_values > low_rank::kBackwardMaxBlocks) return plan;
   plan.tile = tile;

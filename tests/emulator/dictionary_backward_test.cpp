@@ -1,5 +1,5 @@
-// The gradients of a dictionary's coefficients in the emulator: the bitmap of positions, and that gradients by it are those that
-// the positions say. The products themselves are tested over bitmaps, in blocks, in sparse24_backward_test.cpp.
+// The gradients of a dictionary's coefficients in the emulator: the bitmap of positions, and that gradients by it are those
+// that the positions say. The products themselves are tested over bitmaps, in blocks, in sparse24_backward_test.cpp.
 #include "dictionary/backward.cu"
 #include "low_rank/backward.cu"
 #include "sparse24/backward.cu"
@@ -60,7 +60,9 @@ void wrong_positions(uint64_t seed) {
   std::mt19937_64 random(seed);
   for (int kind = 0; kind < 4; ++kind) {
     std::vector<int16_t> positions(r.rows * r.stored);
-    for (int16_t& one : positions) one = static_cast<int16_t>(kind == 0 ? -1 : kind == 1 ? 32767 : kind == 2 ? 69 : random());
+    for (int16_t& one : positions) {
+      one = static_cast<int16_t>(kind == 0 ? -1 : kind == 1 ? 32767 : kind == 2 ? 69 : random());
+    }
     const std::vector<uint32_t> mask = marked(r, positions, seed);
     for (int64_t row = 0; row < r.rows; ++row) {
       int bits = 0;
@@ -89,7 +91,8 @@ void gradients_follow_positions(uint64_t seed) {
   const sparse24::BackwardPlan plan =
       sparse24::plan_backward(s.m, s.n, s.columns, s.p, s.q, s.stored, 0, 0, needs, 4);
   emulator::Buffer<uint16_t> b_dy("dy", narrowed<Bf16>(dy)), b_h("h", narrowed<Bf16>(h));
-  emulator::Buffer<uint16_t> b_values("values", narrowed<Bf16>(values)), dh("dh", s.outputs()), dvalues("dvalues", s.values());
+  emulator::Buffer<uint16_t> b_values("values", narrowed<Bf16>(values));
+  emulator::Buffer<uint16_t> dh("dh", s.outputs()), dvalues("dvalues", s.values());
   emulator::Buffer<int16_t> b_positions("positions", positions);
   emulator::Buffer<uint32_t> mask("mask", r.rows * s.words());
   emulator::Buffer<int32_t> starts("starts", plan.starts);

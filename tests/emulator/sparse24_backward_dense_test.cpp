@@ -64,18 +64,20 @@ void every_entry_is_moved(uint64_t seed) {
 
 // The first of a row's values where there are bits, zeros where there are none, and for the values that no bit names.
 void wrong_masks(uint64_t seed) {
-  const Rows r{9, 40, 7};
-  const std::vector<uint16_t> values(r.rows * r.stored, 3), dense(r.rows * r.columns, 5);
-  for (const uint32_t word : {0u, ~0u, 1u}) {
-    const std::vector<uint32_t> mask(r.rows * 2, word);
-    const std::vector<uint16_t> wide = moved(r, values, mask, true, seed), few = moved(r, dense, mask, false, seed);
-    const int kept = word == 0 ? 0 : word == 1 ? 2 : 7;
-    for (int64_t row = 0; row < r.rows; ++row) {
-      for (int i = 0; i < r.columns; ++i) {
-        const bool is_kept = word == 1 ? i % 32 == 0 : i < kept;
-        check::equal(wide[row * r.columns + i], is_kept ? 3 : 0, "dense", i);
+  for (const Rows& r : {Rows{9, 40, 7}, Rows{9, 40, 39}}) {
+    const std::vector<uint16_t> values(r.rows * r.stored, 3), dense(r.rows * r.columns, 5);
+    for (const uint32_t word : {0u, ~0u, 1u, 0xfff00000u}) {
+      const std::vector<uint32_t> mask(r.rows * 2, word);
+      const std::vector<uint16_t> wide = moved(r, values, mask, true, seed), few = moved(r, dense, mask, false, seed);
+      for (int64_t row = 0; row < r.rows; ++row) {
+        int kept = 0;
+        for (int i = 0; i < r.columns; ++i) {
+          const bool is_kept = (word >> i % 32 & 1) && kept < r.stored;
+          check::equal(wide[row * r.columns + i], is_kept ? 3 : 0, "dense", i);
+          kept += is_kept;
+        }
+        for (int i = 0; i < r.stored; ++i) check::equal(few[row * r.stored + i], i < kept ? 5 : 0, "values", i);
       }
-      for (int i = 0; i < r.stored; ++i) check::equal(few[row * r.stored + i], i < kept ? 5 : 0, "values", i);
     }
   }
 }

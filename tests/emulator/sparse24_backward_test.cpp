@@ -137,8 +137,8 @@ Gradients run(const Shape& shape, const Operands& in, int needs, emulator::Optio
   const auto output = [](const char* name, size_t count, bool is_needed) {
     return std::make_unique<emulator::Buffer<uint16_t>>(name, is_needed ? count : 0);
   };
-  const auto dx = output("dx", s.outputs(), needs & kNeedsDx), dvalues = output("dvalues", s.values(), needs & kNeedsDvalues),
-             db = output("db", s.n, needs & kNeedsDb);
+  const auto dx = output("dx", s.outputs(), needs & kNeedsDx), db = output("db", s.n, needs & kNeedsDb),
+             dvalues = output("dvalues", s.values(), needs & kNeedsDvalues);
   const auto pointer = [](auto& buffer) { return buffer.size() ? buffer.data() : nullptr; };
   const BackwardOperands o{pointer(*dy),  pointer(*x),       pointer(*values),  pointer(*mask), pointer(starts),
                            pointer(partials), pointer(*dx), pointer(*dvalues), pointer(*db), s, needs};

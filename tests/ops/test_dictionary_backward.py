@@ -1,4 +1,4 @@
-"""The backward of dictionary on a GPU: for which problems its kernels are planned, that they run there, and pass the gates."""
+"""The backward of dictionary on a GPU: for which problems its kernels are planned, that they run there, pass the gates."""
 import pytest
 import torch
 
@@ -12,9 +12,9 @@ ALL = 0b10111
 NAMES = "dx", "dd", "dvalues", "db"
 needs_library = pytest.mark.skipif(_native.native is None, reason=f"no compiled library: {_native.why_not}")
 # m, k, n, P, Q, atoms, non-zeros: both tiles; blocks, inputs and outputs that they do not divide; a layer of a model
-CASES = {"small": (65, 200, 136, 1, 1, 40, 7), "large": (257, 264, 136, 1, 1, 264, 132), "blocks": (130, 96, 144, 2, 3, 24, 5),
-         "padded": (70, 100, 136, 9, 3, 16, 3), "large blocks": (300, 272, 272, 2, 2, 136, 60),
-         "layer": (2048, 4096, 4096, 1, 1, 2048, 1024)}
+CASES = {"small": (65, 200, 136, 1, 1, 40, 7), "large": (257, 264, 136, 1, 1, 264, 132),
+         "blocks": (130, 96, 144, 2, 3, 24, 5), "padded": (70, 100, 136, 9, 3, 16, 3),
+         "large blocks": (300, 272, 272, 2, 2, 136, 60), "layer": (2048, 4096, 4096, 1, 1, 2048, 1024)}
 
 
 def paths() -> dict[str, int]:

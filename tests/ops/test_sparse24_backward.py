@@ -1,4 +1,4 @@
-"""The backward kernels of sparse24 on a GPU: for which problems they are planned, that they run there, and pass the gates."""
+"""The backward kernels of sparse24 on a GPU: for which problems they are planned, that they run there, pass the gates."""
 import pytest
 import torch
 

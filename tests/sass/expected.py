@@ -62,8 +62,8 @@ MONARCH = dict(tensor_core=r"HMMA\.16816\.F32", narrow_loads=True)
 # monarch/backward.cu. In front of the first barrier two stages are asked for: of a group of 1, 2, 4, 8 blocks five, three, four,
 # six pieces. Two CTAs share a multiprocessor. Sums over splits have four loads on their way.
 MONARCH_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32", registers=128)
-# sparse24/backward.cu. In front of the first barrier the selecting product asks for three stages, two pieces of each operand; the
-# expanding one for two of a and three of values. Loads to registers are of the mask and of where runs begin: words, one at a
+# sparse24/backward.cu. In front of the first barrier the selecting product asks for three stages, two pieces of each operand;
+# the expanding one for two of a and three of values. Loads to registers are of the mask and of where runs begin: words, one at a
 # time. Two blocks of the large tile share a multiprocessor.
 SPARSE_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32")
 # monarch/stationary.cu: code for an sm_90a alone, 168 registers before they are moved to the warpgroup of the second product.
