@@ -159,7 +159,7 @@ void copied_rows(Words& out) {
 }
 
 void moved(Words& out) {
-  Array<uint32_t> in("in", counted(128)), values("out", 512);
+  Array<uint32_t> in("in", counted(128)), values("out", 640);
   Params p;
   p.a = in.data(), p.out = values.data();
   start(move16<void>, {dim3(1), 32}, p);

@@ -20,6 +20,17 @@ LOWFAT_DEVICE uint4 load16_weights(const void* gmem) {
   return v;
 }
 
+// The same of 8 bytes: of a mask, two words.
+LOWFAT_DEVICE uint2 load8_weights(const void* gmem) {
+  uint2 v;
+#ifdef __CUDACC__
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(gmem));
+#else
+  emulator::load(&v, gmem, 8, "load8_weights");
+#endif
+  return v;
+}
+
 // 16 bytes that nobody writes while the kernel runs, and that several warps read: x, bias.
 LOWFAT_DEVICE uint4 load16(const void* gmem) {
   uint4 v;

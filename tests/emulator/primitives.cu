@@ -280,9 +280,11 @@ template <class Config>
 __global__ void __launch_bounds__(32) move16(const __grid_constant__ Params p) {
   const uint32_t* from = p.a + threadIdx.x * 4;
   const float4 f = load16_floats_l2(reinterpret_cast<const float*>(from));
-  const uint4 values[4] = {load16_weights(from), load16(from), load16_l2(from),
-                           make_uint4(as_bits(f.x), as_bits(f.y), as_bits(f.z), as_bits(f.w))};
-  for (int i = 0; i < 4; ++i) store16(p.out + (i * 32 + threadIdx.x) * 4, values[i]);
+  const uint2 low = load8_weights(from), high = load8_weights(from + 2);
+  const uint4 values[5] = {load16_weights(from), load16(from), load16_l2(from),
+                           make_uint4(as_bits(f.x), as_bits(f.y), as_bits(f.z), as_bits(f.w)),
+                           make_uint4(low.x, low.y, high.x, high.y)};
+  for (int i = 0; i < 5; ++i) store16(p.out + (i * 32 + threadIdx.x) * 4, values[i]);
 }
 
 // ---- Blocks and grids.

@@ -442,11 +442,11 @@ void reductions(uint64_t seed) {
 void loads_and_stores(uint64_t seed) {
   Words words(128);
   for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(i + 1);
-  Buffer<uint32_t> in("in", words), out("out", 512);
+  Buffer<uint32_t> in("in", words), out("out", 640);
   Params p;
   p.a = in.data(), p.out = out.data();
   run(move16<void>, {dim3(1), 32}, p, {seed});
-  for (int i = 0; i < 512; ++i) check::equal(out[i], words[i % 128], "out", i);
+  for (int i = 0; i < 640; ++i) check::equal(out[i], words[i % 128], "out", i);
 }
 
 // ---- Blocks and grids

@@ -71,6 +71,10 @@ SPARSE_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32")
 # runs are sent off: no other, for it would wait for stores of y. Those of the copy engine: barriers are there, of each loop
 # that makes them, and runs are written. The narrow load is the bias, at any address.
 STATIONARY = dict(archs=("sm_90a",), registers=168, tile_loads=3, early_tile_loads=3, fences=5, copy_fences=8, narrow_loads=True)
+# sparse24/forward.cu. In front of the first barrier stand the loads of a batch of values, 8 for each tile of 16 rows of a
+# warp, and of its mask, 2 of 8 bytes (which match the pattern by LTC128B, the lines they fetch), and 4 of x. The one fence is
+# the release of the grid's barrier. The narrow loads are the bias, at any address.
+SPARSE24 = dict(tensor_core=r"HMMA\.SP\.16832\.F32", fences=1, narrow_loads=True)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, activation_ffma=36, **DECODE),
@@ -117,6 +121,14 @@ KERNELS = [
     Expected("monarch/stationary.cu", r"stationary_product<.*16, [248]>", tensor_core=r"HGMMA\.64x16x16\.F32", **STATIONARY),
     Expected("monarch/stationary.cu", r"stationary_product<.*32, [248]>", tensor_core=r"HGMMA\.64x32x16\.F32", **STATIONARY),
     Expected("monarch/stationary.cu", r"stationary_product<", registers=8, archs=("sm_80",)),
+    Expected("sparse24/forward.cu", r"sparse24::forward<.*1>", registers=96, weight_loads=28, before_barrier=14,
+             **SPARSE24),
+    Expected("sparse24/forward.cu", r"sparse24::forward<.*2>", registers=160, weight_loads=48, before_barrier=24,
+             **SPARSE24),
+    Expected("sparse24/forward.cu", r"sparse24::forward<.*4>", registers=184, weight_loads=48, before_barrier=24,
+             **SPARSE24),
+    Expected("sparse24/forward.cu", r"sparse24::forward<.*8>", registers=216, weight_loads=48, before_barrier=24,
+             **SPARSE24),
 ]
 
 
