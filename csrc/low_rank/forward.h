@@ -72,9 +72,6 @@ Result forward_cpu(const Who& who, const Tensor& x, const Tensor& v, const Tenso
 #ifdef LOWFAT_CUDA
 Result forward_cuda(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
                     bool keep_h, const Epilogue& epilogue = {});
-
-// grid_counter for a call of op: null when there are no more; raises when CUDA says that something is wrong.
-uint64_t* barrier_counter(const char* op, int device, void* stream, int grid, int arch);
 #endif
 
 }  // namespace low_rank

@@ -127,13 +127,6 @@ std::tuple<Tensor, Tensor> low_rank_training_cuda(const Tensor& x, const Tensor&
 
 }  // namespace
 
-uint64_t* barrier_counter(const char* op, int device, void* stream, int grid, int arch) {
-  const char* error = nullptr;
-  uint64_t* counter = grid_counter(device, stream, grid, error);
-  check_launch(op, error, arch);
-  return counter;
-}
-
 Result forward_cuda(const Who& who, const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias,
                     bool keep_h, const Epilogue& epilogue) {
   const Sizes s = check(who, x, v, u, bias, epilogue);
