@@ -3,6 +3,7 @@
 
 #include "cpu/product.h"
 #include "sparse24/sparse24_cpu.h"
+#include "sparse24/sparse24_cuda.h"
 
 namespace sparse24 {
 namespace {
@@ -12,13 +13,14 @@ constexpr int64_t kThreadedBytes = 1 << 20;  // of values and mask: below, one t
 constexpr int64_t kRowTile = 4;
 
 Described describe(const Problem& p) {
-  const CpuConfig config = p.device == Device::cpu ? choose_cpu_config(p) : CpuConfig();
+  if (p.device == Device::cuda) return describe_sparse24_cuda(p);
+  const CpuConfig config = choose_cpu_config(p);
   if (config.path == CpuPath::empty) return {{"path", "empty"}};
   if (config.path == CpuPath::library) return {{"path", "library"}};
   return {{"path", "decode"}, {"level", name_of(p.level)}, {"row_tile", config.row_tile}, {"grain", config.grain}};
 }
 
-const RegisterOp registered({"sparse24", compiled_cpu_levels(), {}, &describe});
+const RegisterOp registered({"sparse24", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
 
 }  // namespace
 

@@ -118,7 +118,7 @@ struct Weights {
 
   LOWFAT_DEVICE void begin_batch() {
     const int lane = device::lane_index(), first_row = device::warp_index() / Config::kDepthWarps * Config::kRowTiles;
-    const bool is_over = at.unit >= units_of<Config>(p) || at.batch >= at.batches.last;
+    const bool is_over = at.batch >= at.batches.last;  // also of no batch at all; units past the last have no rows
     row = is_over ? p.in.n : unit_of(p, at.unit).row_block * Config::kRows + first_row * kTileRows + lane / 4;
     values = p.in.values + (int64_t{row} * (p.in.k / 2) + (input() / 2 + lane % 4 * 8));
     const int step_of_lane = input() + lane % 4 * kStep, words = p.in.k / 32;

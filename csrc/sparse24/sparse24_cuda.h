@@ -8,6 +8,12 @@
 
 namespace sparse24 {
 
+// The plan for a problem's pattern, dtype, alignment and GPU; of no tokens: the library.
+ForwardPlan choose_forward(const Problem& problem);
+
+// How choose_config tells of a GPU's.
+Described describe_sparse24_cuda(const Problem& problem);
+
 // Elements are bf16 or fp16; x, values start at multiples of 16 bytes, mask of 8.
 struct ForwardOperands {
   const uint16_t* x;       // [m, k]
