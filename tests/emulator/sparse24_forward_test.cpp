@@ -181,6 +181,16 @@ void not_a_number_stays_in_its_row_of_the_weight(uint64_t seed) {
   }
 }
 
+// What a warp has left in its registers is not multiplied by the zeros behind x: infinity stays what it is.
+void infinity_stays_infinite(uint64_t seed) {
+  const Shape s{{2, 4160, 16, true}, 1, kH200};  // a warp has the first batch and the last, of one step
+  Operands in = operands<device::Bf16>(s, false);
+  std::fill(in.x.begin(), in.x.end(), device::narrow<device::Bf16>(1));
+  for (int step = 0; step < kBatchSteps; ++step) in.values[5 * s.k / 2 + step * kStep / 2] = 0x7f80;
+  const auto y = wide<device::Bf16>(run<device::Bf16>(s, in, {seed}));
+  for (int i = 0; i < s.m * s.n; ++i) check::that((i % s.n == 5 ? y[i] == INFINITY : std::isfinite(y[i])), "y", i);
+}
+
 // The barrier's counter is never reset, and passes 32 bits.
 void launches_one_after_another(uint64_t seed) {
   const Shape s{{6, 8192, 48, true}, 6, kH200};
@@ -243,6 +253,7 @@ int main(int count, char** arguments) {
                      {"a mask that is no 2:4 harms its row alone", a_mask_that_is_no_2_of_4_harms_its_row_alone},
                      {"NaN stays in its row of x", not_a_number_stays_in_its_row_of_x},
                      {"NaN stays in its row of the weight", not_a_number_stays_in_its_row_of_the_weight},
+                     {"infinity stays infinite", infinity_stays_infinite},
                      {"launches one after another", launches_one_after_another},
                      {"few blocks resident", few_blocks_resident},
                      {"bits of a token are its own", bits_of_a_token_are_its_own},

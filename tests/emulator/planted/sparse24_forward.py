@@ -39,8 +39,6 @@ MUTANTS = [
            "const bool is_inside = true;", TEST),
     Mutant("sparse24: lower rows past the last are read", KERNEL, "row + down + 8 < p.in.n) lower[tile]",
            "row + down < p.in.n) lower[tile]", TEST),
-    Mutant("sparse24: warps without a batch read the next split's", KERNEL, "row = is_over ? p.in.n : unit_of", "row = unit_of",
-           TEST),
     Mutant("sparse24: next unit starts where this one did", KERNEL, "    unit += gridDim.x;\n", "", TEST),
     Mutant("sparse24: rows of x past the last are read", KERNEL, "smaller(tokens * kTokenTile + lane % 8, p.in.m - 1);",
            "tokens * kTokenTile + lane % 8;", TEST),
