@@ -7,8 +7,8 @@
 #include <mutex>
 #include <tuple>
 
-// An array of counters, a __device__ variable, which is zero when the library is loaded, on each GPU, and never reset from the
-// host. It is dealt in equal parts to those who use a part one after the other.
+// An array of counters, a __device__ variable, which is zero when the library is loaded, on each GPU, and never reset from
+// the host. It is dealt in equal parts to those who use a part one after the other.
 template <class Counter>
 class Counters {
  public:

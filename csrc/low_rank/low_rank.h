@@ -75,8 +75,8 @@ struct ChainOperands : KernelOperands {
 // Returns null, or what CUDA says is wrong.
 const char* launch_chain(const ChainPlan& plan, const ChainOperands& operands, Dtype dtype, void* stream);
 
-// kChainCounters for chained kernels on one stream of the current device, zero when none of them runs (gpu.cu). Null when there
-// are no more, or, with `error` set, when CUDA says that something is wrong.
+// kChainCounters for chained kernels on one stream of the current device, zero when none of them runs (gpu.cu). Null when
+// there are no more, or, with `error` set, when CUDA says that something is wrong.
 uint32_t* chain_counters(int device, void* stream, const char*& error);
 
 }  // namespace low_rank
