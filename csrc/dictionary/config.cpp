@@ -3,6 +3,7 @@
 
 #include "cpu/product.h"
 #include "dictionary/dictionary_cpu.h"
+#include "dictionary/dictionary_cuda.h"
 
 namespace dictionary {
 namespace {
@@ -27,7 +28,8 @@ CpuConfig decode_config(const Problem& p) {
 }
 
 Described describe(const Problem& p) {
-  const CpuConfig config = p.device == Device::cpu ? choose_cpu_config(p) : CpuConfig();
+  if (p.device == Device::cuda) return describe_dictionary_cuda(p);
+  const CpuConfig config = choose_cpu_config(p);
   if (config.path == CpuPath::empty) return {{"path", "empty"}};
   if (config.path == CpuPath::library) return {{"path", "library"}};
   return {{"path", "decode"},
@@ -36,7 +38,7 @@ Described describe(const Problem& p) {
           {"second_grain", config.second_grain}};
 }
 
-const RegisterOp registered({"dictionary", compiled_cpu_levels(), {}, &describe});
+const RegisterOp registered({"dictionary", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
 
 }  // namespace
 

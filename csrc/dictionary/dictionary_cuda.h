@@ -8,14 +8,13 @@
 
 namespace dictionary {
 
-// The plan for a problem's blocks, dtype, alignment and GPU; of no tokens: the library. Of a bitmap: positions are the
-// library's.
+// The plan for a problem's blocks, dtype, alignment and GPU; of no tokens: the library.
 ForwardPlan choose_forward(const Problem& problem);
 
 // How choose_config tells of a GPU's.
 Described describe_dictionary_cuda(const Problem& problem);
 
-// Elements are bf16 or fp16; x, v, values, mask start at multiples of 16 bytes. Called as in low_rank what is the same there.
+// Elements are bf16 or fp16; x, v, values, mask start at multiples of 16 bytes. What low_rank has too is called as there.
 struct ForwardParams {
   const uint16_t* x;       // [m, k]
   const uint16_t* v;       // [r, k], the dictionary's atoms

@@ -1,5 +1,5 @@
-// dictionary on a GPU for a few rows of x: y = (x d^T) s^T + bias in one pass over the weights, h = x d^T rounded once, where
-// of the coefficients s those that a bitmap names are stored.
+// dictionary on a GPU for a few rows of x: y = (x d^T) s^T + bias in one pass over the weights, h = x d^T rounded once,
+// where of the coefficients s those that a bitmap names are stored.
 //
 //   x [m, k]   d [a, k]   values [n, stored]   mask [n, ceil(a / 32)]   bias [n]   h [m, a]   y [m, n]
 //   m <= 16, n and a multiples of 8, bf16 or fp16, one block, rows of x and d 16-byte aligned
@@ -9,7 +9,7 @@
 // to shared memory as they lie, before h is there. What is kept in front of each word of a bitmap is counted once; then a
 // lane finds the eight coefficients that it multiplies by the bits in front of them, and zeros where there are none.
 //
-//   mask    0110 1001 ...   lowest bit first       a block: neighbouring tiles of 16 rows, in chunks that shared memory holds
+//   mask    0110 1001 ...   lowest bit first        a block: neighbouring tiles of 16 rows, as many as fit at a time
 //   values  3 7  5 2  ...                           a warp: neighbouring (tile, word) items of the chunk
 //   s      .37.  5..2  ...
 //
@@ -109,7 +109,8 @@ struct Coefficients {
     }
   }
 
-  // A lane's eight coefficients of a row of the chunk, as they lie in a dense one.
+  // A lane's eight coefficients of a row of the chunk, as they lie in a dense one. Past the last row they are what shared
+  // memory holds, and nobody stores their sums.
   LOWFAT_DEVICE uint4 expanded(int number, int at, int word) const {
     const uint32_t bits = mask_of(number)[at * row.words() + word];
     const int column = low_rank::lane_column(device::lane_index());
@@ -142,8 +143,7 @@ struct Coefficients {
     for (int item = mine.first; item < mine.last; ++item) {
       const int tile = item / items.steps, step = item % items.steps;
       const int at = tile * kTileRows + low_rank::lane_row(lane);
-      const uint4 upper = at < rows_of(chunk) ? expanded(number, at, step) : low_rank::zero16();
-      const uint4 lower = at + 8 < rows_of(chunk) ? expanded(number, at + 8, step) : low_rank::zero16();
+      const uint4 upper = expanded(number, at, step), lower = expanded(number, at + 8, step);
       uint4 h[Config::kTokenTiles];
 #pragma unroll
       for (int tokens = 0; tokens < Config::kTokenTiles; ++tokens) {

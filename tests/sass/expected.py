@@ -121,6 +121,8 @@ KERNELS = [
     Expected("monarch/stationary.cu", r"stationary_product<.*16, [248]>", tensor_core=r"HGMMA\.64x16x16\.F32", **STATIONARY),
     Expected("monarch/stationary.cu", r"stationary_product<.*32, [248]>", tensor_core=r"HGMMA\.64x32x16\.F32", **STATIONARY),
     Expected("monarch/stationary.cu", r"stationary_product<", registers=8, archs=("sm_80",)),
+    Expected("dictionary/forward.cu", r"dictionary::forward<", registers=168, weight_loads=56, before_barrier=48,
+             copies_before_barrier=20, fences=1, **DECODE),
     Expected("sparse24/forward.cu", r"sparse24::forward<.*1>", registers=96, weight_loads=28, before_barrier=14,
              **SPARSE24),
     Expected("sparse24/forward.cu", r"sparse24::forward<.*2>", registers=160, weight_loads=48, before_barrier=24,

@@ -1,0 +1,50 @@
+"""Bugs planted in the decode kernel of dictionary."""
+from .mutant import Mutant
+
+KERNEL = "csrc/dictionary/forward.cu"
+LAYOUT = "csrc/dictionary/forward_layout.h"
+TEST = "dictionary_forward_test"
+
+MUTANTS = [
+    Mutant("dictionary: no grid barrier", KERNEL, "      device::grid_wait(p.counter, target);\n", "", TEST),
+    Mutant("dictionary: launch not cooperative", KERNEL, "  shape.is_cooperative = true;\n", "", TEST),
+    Mutant("dictionary: coefficients used before they have come", KERNEL,
+           "    device::wait_copies<1>();\n    __syncthreads();\n", "    __syncthreads();\n", TEST),
+    Mutant("dictionary: coefficients used before all have come", KERNEL,
+           "    device::wait_copies<1>();\n    __syncthreads();\n", "    device::wait_copies<1>();\n", TEST),
+    Mutant("dictionary: h used before all of it is there", KERNEL,
+           "coefficients.smem_h, p.h);\n      __syncthreads();\n", "coefficients.smem_h, p.h);\n", TEST),
+    Mutant("dictionary: y added up before all sums are there", KERNEL,
+           "    coefficients.multiply(number);\n    __syncthreads();\n", "    coefficients.multiply(number);\n", TEST),
+    Mutant("dictionary: next chunk over this one", KERNEL, "coefficients.ask_for(number + 2);",
+           "coefficients.ask_for(number + 1);", TEST),
+    Mutant("dictionary: the first chunk alone is counted", KERNEL,
+           "if (number < coefficients.chunks) coefficients.count(number);",
+           "if (number == 0 && coefficients.chunks > 0) coefficients.count(number);", TEST),
+    Mutant("dictionary: parts counted over those of the tile before", KERNEL,
+           "      __syncthreads();  // the next tile's parts go where these were; and counts are there\n", "", TEST),
+    Mutant("dictionary: counts of a part start at zero", KERNEL, "for (int i = 0; i < part; ++i) before +=",
+           "for (int i = 0; i < part - 1; ++i) before +=", TEST),
+    Mutant("dictionary: a word's own bits count as in front of it", KERNEL,
+           "        counts[word] = static_cast<uint16_t>(before);\n        before += device::popcount(mask[word]);\n",
+           "        before += device::popcount(mask[word]);\n        counts[word] = static_cast<uint16_t>(before);\n", TEST),
+    Mutant("dictionary: bits in front of a lane's own ignored", KERNEL, "device::popcount(bits & ((1u << column) - 1));",
+           "0 * device::popcount(bits);", TEST),
+    Mutant("dictionary: values in order whatever the mask is", KERNEL, "        next += is_kept;\n", "        ++next;\n",
+           TEST),
+    Mutant("dictionary: dropped coefficients are not zero", KERNEL, "(bits >> (column + 2 * i + j) & 1) && next",
+           "next", TEST),
+    Mutant("dictionary: a row has more than its values", KERNEL, " && next < row.stored;", ";", TEST),
+    Mutant("dictionary: last tile's rows copied past the end", KERNEL,
+           "return smaller(chunk.last * kTileRows, p.n) - chunk.first * kTileRows;",
+           "return (chunk.last - chunk.first) * kTileRows;", TEST),
+    Mutant("dictionary: sums stored at the end of a tile alone", KERNEL,
+           "if (step == items.steps - 1 || item == mine.last - 1) {", "if (step == items.steps - 1) {", TEST),
+    Mutant("dictionary: tiles of a chunk numbered from the block's first", KERNEL,
+           "const int column = (chunk.first + tile) * kTileRows + at;",
+           "const int column = (tiles.first + tile) * kTileRows + at;", TEST),
+    Mutant("dictionary: values and bitmaps overlap", KERNEL, "values_of(number) + p.at_once * kTileRows * row.stored);",
+           "values_of(number) + (p.at_once * kTileRows - 8) * row.stored);", TEST),
+    Mutant("dictionary: last chunk cut short", LAYOUT, "smaller(first + at_once, tiles.last)}",
+           "smaller(first + at_once, tiles.last - 1)}", TEST),
+]
