@@ -1,0 +1,88 @@
+// Host side of sparse24 on a GPU: plan, launches, registration. (The conditions: sparse24.cpp.)
+//   x [..., k]   values [n, k kept / group]   mask [n, ceil(k / 32)]   bias [n]   y [..., n]
+#include "sparse24/sparse24_cuda.h"
+
+#ifdef LOWFAT_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "host/call_counter.h"
+#include "host/cuda_launch.h"
+#include "host/cuda_stream.h"
+#include "host/gpu.h"
+#include "sparse24/backward.h"
+#include "sparse24/forward.h"
+
+namespace sparse24 {
+namespace {
+
+CallCounter decode_calls("sparse24", "cuda", "decode"), library_calls("sparse24", "cuda", "library");
+
+// Contiguous: the same bits for every layout of the same values, on whichever path.
+struct Arguments {
+  Tensor x, values, mask;
+  std::optional<Tensor> bias;
+
+  Arguments(const Tensor& x_any, const Tensor& values_any, const Tensor& mask_any, const std::optional<Tensor>& bias_any)
+      : x(as_contiguous(x_any)), values(as_contiguous(values_any)), mask(as_contiguous(mask_any)) {
+    if (bias_any) bias = as_contiguous(*bias_any);
+  }
+
+  const uint32_t* words() const { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
+};
+
+// False where no counters are left, and then has done nothing.
+bool decode(const Call& s, const Arguments& in, const ForwardPlan& plan, const Gpu& gpu, void* stream, const Tensor& y) {
+  SplitSums sums{nullptr, nullptr};
+  std::optional<Tensor> partials;
+  if (plan.splits > 1) {
+    sums.counter = barrier_counter("sparse24", s.kind.device_index, stream, plan.grid, gpu.arch);
+    if (!sums.counter) return false;
+    const int64_t stride = partial_stride(shape_of(plan.token_tiles).rows(), static_cast<int>(s.n));
+    partials = floats(s.kind, plan.splits * s.m * stride);
+    sums.partials = float_data(*partials);
+  }
+  decode_calls.count();
+  const ForwardOperands operands{elements(in.x), elements(in.values), in.words(), in.bias ? elements(*in.bias) : nullptr,
+                                 static_cast<uint16_t*>(y.mutable_data_ptr()), static_cast<int>(s.m),
+                                 static_cast<int>(s.n), static_cast<int>(s.k)};
+  check_launch("sparse24", launch_forward(plan, operands, sums, s.dtype, stream), gpu.arch);
+  return true;
+}
+
+// torch's own product, of the weight with its zeros.
+Tensor library(const Call& s, const Arguments& in, const Gpu& gpu, void* stream) {
+  library_calls.count();
+  const Tensor weight = empty(s.kind, {s.n, s.k});
+  const DenseOperands operands{in.values.const_data_ptr(), weight.mutable_data_ptr(), in.words(), s.n,
+                               static_cast<int>(s.k), static_cast<int>(s.stored())};
+  const int bytes = s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2;
+  if (s.n > 0 && s.k > 0) check_launch("sparse24", launch_expand_dense(operands, bytes, gpu.sm_count, stream), gpu.arch);
+  return library_linear(in.x, weight, in.bias);
+}
+
+Tensor sparse24_cuda(const Tensor& x, const Tensor& values, const Tensor& mask, const std::optional<Tensor>& bias,
+                     int64_t kept, int64_t group) {
+  const Call s = check(x, values, mask, bias, kept, group);
+  const int device = s.kind.device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Arguments in(x, values, mask, bias);
+  const Gpu gpu = gpu_of(device);
+  if (s.m == 0) return empty_rows(in.x, s.kind, s.n);
+  Problem problem;
+  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.kept = kept, problem.group = group;
+  problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = gpu.arch, problem.sm_count = gpu.sm_count;
+  problem.is_aligned = is_aligned(in.x) && is_aligned(in.values) && is_aligned(in.mask);
+  const ForwardPlan plan = choose_forward(problem);
+  void* stream = current_cuda_stream(device);
+  if (plan.token_tiles > 0) {
+    const Tensor y = empty_rows(in.x, s.kind, s.n);
+    if (decode(s, in, plan, gpu, stream, y)) return y;
+  }
+  return library(s, in, gpu, stream);
+}
+
+}  // namespace
+}  // namespace sparse24
+
+STABLE_TORCH_LIBRARY_IMPL(lowfat, CUDA, m) { m.impl("sparse24", TORCH_BOX(&sparse24::sparse24_cuda)); }
+#endif
