@@ -22,8 +22,8 @@ def config(**changes) -> dict:
 @pytest.mark.parametrize(("path", "changes"), [
     ("empty", {"m": 0}), ("decode", {}), ("decode", {"m": 16}), ("library", {"m": 17}), ("decode", {"dtype": "float16"}),
     ("library", {"dtype": "float32"}), ("library", {"is_aligned": False}), ("library", {"b_in": 2}),
-    ("library", {"b_out": 2}), ("library", {"n": 4092}), ("library", {"k": 4092}), ("library", {"r": 2056}), ("library", {"kept": 0}),
-    ("library", {"arch": 100}), ("decode", {"arch": 80, "sm_count": 108}),
+    ("library", {"b_out": 2}), ("library", {"n": 4092}), ("library", {"k": 4092}), ("library", {"r": 2056}),
+    ("library", {"kept": 0}), ("library", {"arch": 100}), ("decode", {"arch": 80, "sm_count": 108}),
     ("decode", {"arch": 86, "sm_count": 84, "r": 1024, "kept": 512}), ("library", {"arch": 86, "sm_count": 84})])
 def test_the_path_follows_what_the_kernel_covers(path, changes):
     assert config(**changes)["path"] == path
