@@ -5,4 +5,4 @@ from . import (dictionary_backward, dictionary_forward, low_rank_backward, low_r
 
 MUTANTS = [mutant for family in (primitives, low_rank_decode, low_rank_backward, low_rank_small_batch, low_rank_chain,
                                  monarch, sparse24_backward, sparse24_forward, dictionary_backward, dictionary_forward)
-                                 for mutant in family.MUTANTS]
+           for mutant in family.MUTANTS]
