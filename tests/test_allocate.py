@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lowfat.allocate import Ladder, allocated, per_matrix, uniform_rank
+from lowfat.allocate import Ladder, allocated, knapsack, per_matrix, uniform_rank
 from lowfat.errors import ArgumentError
 
 SHAPES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=8)
@@ -36,12 +36,12 @@ def test_each_step_of_a_ladder_costs_more(shapes):
         assert all(a < b for a, b in itertools.pairwise(costs))
 
 
-@given(SHAPES, st.floats(0.01, 0.999), st.sampled_from([per_matrix, uniform_rank, allocated]))
+@given(SHAPES, st.floats(0.01, 0.999), st.sampled_from([per_matrix, uniform_rank, allocated, knapsack]))
 @example([(10, 10)] * 60 + [(100, 100)], 0.12, per_matrix)  # rank 1 of the small ones is more than their share
 def test_the_budget_is_never_exceeded_and_met_within_a_step(shapes, ratio, policy):
     ladders = [Ladder(*shape) for shape in shapes]
     budget = int(ratio * sum(ladder.costs[-1] for ladder in ladders))
-    losses = [[falling(ladder, i) for i, ladder in enumerate(ladders)]] if policy is allocated else []
+    losses = [[falling(ladder, i) for i, ladder in enumerate(ladders)]] if policy in (allocated, knapsack) else []
     if budget < sum(ladder.costs[0] for ladder in ladders):
         with pytest.raises(ArgumentError, match="ratio: .* too few"):
             policy(ladders, budget, *losses)
@@ -102,6 +102,50 @@ def test_allocated_is_optimal_up_to_its_last_step(shapes, ratio, seed):
                if kept(ladders, choice) <= budget)
     gap = max((a - b for curve in losses for a, b in itertools.pairwise(curve)), default=0.0)
     assert best - 1e-12 <= lost(picks) <= best + gap  # 1e-12: sums of at most three losses below 7, in another order
+
+
+@given(st.lists(st.tuples(st.integers(4, 12), st.integers(4, 12)), min_size=1, max_size=3), st.floats(0.3, 0.95),
+       st.randoms(use_true_random=False))
+def test_knapsack_is_optimal_for_curves_of_any_form(shapes, ratio, random):
+    """Against every combination; so small a budget is cut into cells of one parameter each."""
+    ladders = [Ladder(*shape) for shape in shapes]
+    budget = int(ratio * sum(ladder.costs[-1] for ladder in ladders))
+    if budget < sum(ladder.costs[0] for ladder in ladders):
+        return
+    losses = [[random.randint(0, 100) for _ in ladder.costs] for ladder in ladders]  # whole numbers: their sums are exact
+    picks = knapsack(ladders, budget, losses)
+    assert kept(ladders, picks) <= budget
+    best = min(sum(curve[pick] for curve, pick in zip(losses, choice))
+               for choice in itertools.product(*(range(len(ladder.costs)) for ladder in ladders))
+               if kept(ladders, choice) <= budget)
+    assert sum(curve[pick] for curve, pick in zip(losses, picks)) == best
+
+
+@given(st.lists(st.tuples(st.integers(4, 12), st.integers(4, 12)), min_size=2, max_size=3), st.floats(0.3, 0.95))
+def test_a_knapsack_of_coarse_cells_loses_what_rounding_up_costs(shapes, ratio):
+    """No worse than the best choice with as many cells less as there are matrices."""
+    ladders = [Ladder(*shape) for shape in shapes]
+    budget, least = int(ratio * sum(ladder.costs[-1] for ladder in ladders)), sum(ladder.costs[0] for ladder in ladders)
+    if budget < least:
+        return
+    losses = [falling(ladder, i) for i, ladder in enumerate(ladders)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowfat.allocate._CELLS", 20)
+        picks = knapsack(ladders, budget, losses)
+    assert kept(ladders, picks) <= budget
+    cell = -(-(budget - least) // 20)
+    tighter = max(least, budget - (len(ladders) + 1) * cell)  # each size rounded up, and the budget down
+    exact = knapsack(ladders, tighter, losses)
+    lost, bound = (sum(curve[pick] for curve, pick in zip(losses, found)) for found in (picks, exact))
+    assert lost <= bound + 1e-12
+
+
+def test_knapsack_sees_what_falling_gains_do_not():
+    """The step that pays best for its cost leaves no room for two that pay more together."""
+    ladders = [Ladder(20, 21, 10, 2, {1: 10, 2: 30}.get)] + 2 * [Ladder(20, 21, 10, 2, {1: 10, 2: 25}.get)]
+    losses = [[20.0, 10.0, 0.0]] + 2 * [[20.0, 12.6, 0.0]]
+    assert ladders[0].ranks == [1, 2] and ladders[0].costs == [10, 30, 420]
+    assert allocated(ladders, 60, losses) == [1, 0, 0] and knapsack(ladders, 60, losses) == [0, 1, 1]
 
 
 def test_allocated_gives_more_to_whom_it_helps_more():

@@ -1,43 +1,51 @@
 """Ranks for many matrices under one budget of parameters: numbers in, numbers out.
 
 A matrix [n, k] has a ladder of sizes: ranks that save something, then dense. A choice is an index into its ladder."""
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from math import inf
+from math import gcd, inf
+
+import torch
 
 from .errors import ArgumentError
 
 STEP = 8  # ranks are multiples of it: what tensor cores want
+_CELLS = 1 << 16  # into which the budget of a knapsack is cut, at most
 
 
 @dataclass(frozen=True)
 class Ladder:
     """The sizes one matrix can have, smallest first.   k features in, n out
 
-    unit: parameters that one more rank costs; most: the largest rank. By default those of two factors, [n, r] and [r, k]."""
+    unit: parameters that one more rank costs; most: the largest rank. By default those of two factors, [n, r] and [r, k].
+    parameters: those of a rank, rising with it, where they are not exactly rank * unit."""
     k: int
     n: int
-    unit: int = 0
+    unit: float = 0
     most: int = 0
+    parameters: Callable[[int], int] | None = field(default=None, compare=False)
 
     def __post_init__(self):
         if not self.unit:
             object.__setattr__(self, "unit", self.k + self.n)
             object.__setattr__(self, "most", min(self.k, self.n))
+        if self.parameters is None:
+            object.__setattr__(self, "parameters", lambda rank: rank * self.unit)
 
     @cached_property
     def ranks(self) -> list[int]:
         """1, 2, 4, ... up to the step and its multiples below break-even, where n k parameters would be stored anyhow."""
-        most = min(self.most, (self.n * self.k - 1) // self.unit)
+        most = bisect_left(range(1, self.most + 1), self.n * self.k, key=self.parameters)
         step = next((step for step in (STEP, 4, 2) if 8 * step <= most), 1)  # small matrices need finer steps
         return [rank for rank in (1, 2, 4) if rank < step and rank <= most] + list(range(step, most + 1, step))
 
     @cached_property
     def costs(self) -> list[int]:
         """Parameters at each rank, and last of the dense matrix."""
-        return [rank * self.unit for rank in self.ranks] + [self.n * self.k]
+        return [self.parameters(rank) for rank in self.ranks] + [self.n * self.k]
 
 
 def per_matrix(ladders: Sequence[Ladder], budget: int) -> list[int]:
@@ -65,6 +73,38 @@ def allocated(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[
         cost = ladders[i].costs[b] - ladders[i].costs[chosen[i]]
         if cost <= left:  # where a step does not fit, later ones of the same matrix cost more still
             chosen[i], left = b, left - cost
+    return _filled(ladders, left, chosen, losses)
+
+
+def knapsack(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[float]]) -> list[int]:
+    """The least sum of losses, whatever the curves: dynamic programming over the budget, matrix by matrix.
+
+    Exact where the sizes' differences share a divisor that cuts the budget into at most 65,536 cells; else sizes are rounded
+    up to cells, and what that leaves goes where it helps most."""
+    chosen = [0] * len(ladders)
+    left = _left(ladders, budget, chosen)
+    more = [[cost - ladder.costs[0] for cost in ladder.costs] for ladder in ladders]
+    cell = max(gcd(*(cost for costs in more for cost in costs)), -(-left // _CELLS), 1)
+    cells = left // cell
+    best, picks = torch.zeros(cells + 1, dtype=torch.float64), []  # least loss of the matrices so far in so many cells
+    for costs, lost in zip(more, losses):
+        before, best = best, torch.full_like(best, inf)
+        pick = torch.zeros(cells + 1, dtype=torch.int32)
+        for index, (cost, loss) in enumerate(zip(costs, lost)):
+            taken = -(-cost // cell)
+            if taken <= cells:
+                found = before[:cells + 1 - taken] + loss
+                is_better = found < best[taken:]
+                best[taken:][is_better], pick[taken:][is_better] = found[is_better], index
+        picks.append(pick)
+    for i in reversed(range(len(ladders))):
+        chosen[i] = int(picks[i][cells])
+        cells -= -(-more[i][chosen[i]] // cell)
+    return _filled(ladders, _left(ladders, budget, chosen), chosen, losses)
+
+
+def _filled(ladders: Sequence[Ladder], left: int, chosen: list[int], losses: Sequence[Sequence[float]]) -> list[int]:
+    """What is left goes, step by step, to what loses most less for it."""
     return _fill(ladders, left, chosen, lambda i, b: (losses[i][chosen[i]] - losses[i][b]) /
                  (ladders[i].costs[b] - ladders[i].costs[chosen[i]]))
 
