@@ -38,10 +38,10 @@ def test_rows_and_totals_count_what_a_hand_counts():
                 ratio=0.6, policy="per_matrix")
     assert made.rows()[0] == {
         "layer": "a", "method": "svd", "rank": 3, "in_features": 10, "out_features": 20, "dense_parameters": 200,
-        "parameters": 90, "dense_bytes": 400, "bytes": 180, "dense_macs": 200, "macs": 90, "reason": ""}
+        "parameters": 90, "dense_bytes": 400, "bytes": 180, "index_bytes": 0, "dense_macs": 200, "macs": 90, "reason": ""}
     assert made.rows()[1]["parameters"] == made.rows()[1]["dense_parameters"] == 30
-    assert made.totals() == {"dense_parameters": 230, "parameters": 120, "dense_bytes": 520, "bytes": 300, "dense_macs": 230,
-                             "macs": 120, "ratio": 120 / 230}
+    assert made.totals() == {"dense_parameters": 230, "parameters": 120, "dense_bytes": 520, "bytes": 300, "index_bytes": 0,
+                             "dense_macs": 230, "macs": 120, "ratio": 120 / 230}
 
 
 def test_parameters_and_macs_are_those_of_the_layers(tiny_llama):

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .allocate import Ladder, allocated, per_matrix, uniform_rank
+from .allocate import Ladder, allocated, knapsack, per_matrix, uniform_rank
 from .errors import ArgumentError, FormatError, LowfatError
 from .layers import dense_weight, factorizable, sizes
 from .methods import METHODS, Method, check_arguments
 from .storage import write_json
 from .strict_json import read_json
 
-POLICIES = ("per_matrix", "uniform_rank", "allocated")
+POLICIES = ("per_matrix", "uniform_rank", "allocated", "knapsack")
 FORMAT = 1
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -38,9 +38,16 @@ class Choice:
     def parameters(self) -> int:
         if self.method is None:
             return self.dense_parameters
-        return self.arguments["rank"] * self.size()[0]
+        return METHODS[self.method].stored(self.in_features, self.out_features, **self.arguments)[0]
 
-    def size(self) -> tuple[int, int]:
+    @property
+    def index_bytes(self) -> int:
+        """Of masks and positions, stored beside the parameters."""
+        if self.method is None:
+            return 0
+        return METHODS[self.method].stored(self.in_features, self.out_features, **self.arguments)[1]
+
+    def size(self) -> tuple[float, int]:
         """(parameters that one more rank costs, the largest rank) of the method with its arguments."""
         others = {name: value for name, value in self.arguments.items() if name != "rank"}
         return METHODS[self.method].size(self.in_features, self.out_features, **others)
@@ -61,7 +68,7 @@ class Plan(dict[str, Choice]):
             rows.append({"layer": name, "method": choice.method, "rank": choice.arguments.get("rank"),
                          "in_features": choice.in_features, "out_features": choice.out_features,
                          "dense_parameters": choice.dense_parameters, "parameters": choice.parameters,
-                         "dense_bytes": choice.dense_parameters * itemsize, "bytes": choice.parameters * itemsize,
+                         "dense_bytes": choice.dense_parameters * itemsize, "bytes": choice.parameters * itemsize, "index_bytes": choice.index_bytes,
                          "dense_macs": choice.dense_parameters, "macs": choice.parameters, "reason": choice.reason})
         return rows
 
@@ -69,7 +76,7 @@ class Plan(dict[str, Choice]):
         """The sums of `rows`, and the ratio of parameters that is really kept, layers left dense included."""
         rows = self.rows()
         sums = {key: sum(row[key] for row in rows) for key in
-                ("dense_parameters", "parameters", "dense_bytes", "bytes", "dense_macs", "macs")}
+                ("dense_parameters", "parameters", "dense_bytes", "bytes", "index_bytes", "dense_macs", "macs")}
         return sums | {"ratio": sums["parameters"] / sums["dense_parameters"] if rows else 1.0}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -88,8 +95,9 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
     """A rank for each layer so that the layers together keep at most `ratio` of their parameters.
 
     per_matrix: the same share everywhere. uniform_rank: the same rank everywhere. allocated: the least sum of what the
-    method loses in each layer, from its loss curves. layers: name patterns; arguments: of the method. Raises ArgumentError
-    before any work for an unknown name, a ratio outside (0, 1) or too small, and statistics that the method needs."""
+    method loses in each layer, from its loss curves; knapsack: the same for curves of any form, where allocated follows their
+    convex hulls. layers: name patterns; arguments: of the method. Raises ArgumentError before any work for an unknown name,
+    a ratio outside (0, 1) or too small, and statistics that the method needs."""
     arguments = dict(arguments or {})
     checked = check_arguments(method, arguments)
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not isfinite(ratio) or not 0 < ratio < 1:
@@ -101,9 +109,10 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
         _check_stats(checked, chosen, stats, arguments)
     ladders = ladders_of(checked, chosen, arguments)
     budget = budget_of(ladders, ratio)
-    if policy == "allocated":
-        picks = allocated(ladders, budget, [_losses(checked, module, stats, name, ladder, arguments)
-                                            for (name, module), ladder in zip(chosen.items(), ladders)])
+    if policy in ("allocated", "knapsack"):
+        solve = {"allocated": allocated, "knapsack": knapsack}[policy]
+        picks = solve(ladders, budget, [_losses(checked, module, stats, name, ladder, arguments)
+                                        for (name, module), ladder in zip(chosen.items(), ladders)])
     else:
         picks = {"per_matrix": per_matrix, "uniform_rank": uniform_rank}[policy](ladders, budget)
     return Plan({name: _choice(method, arguments, ladder, pick, dense_weight(module))
@@ -122,7 +131,8 @@ def ladders_of(method: Method, chosen: Mapping[str, nn.Module], arguments: dict[
     for name, module in chosen.items():
         k, n = sizes(module)
         try:
-            ladders.append(Ladder(k, n, *method.size(k, n, **arguments)))
+            ladders.append(Ladder(k, n, *method.size(k, n, **arguments),
+                                  lambda rank, k=k, n=n: method.stored(k, n, rank=rank, **arguments)[0]))
         except LowfatError as error:
             raise type(error)(f"{name}: {error}") from error
     return ladders

@@ -3,6 +3,9 @@
 factorize(weight, bias, stats, *, rank, **arguments) -> (Structure, events)   in the weight's dtype
 losses(weight, stats, **arguments) -> [most + 1]   what is lost, in the method's own squared metric, at each rank
 size(k, n, **arguments) -> (unit, most)   parameters that one more rank costs, and the largest rank
+count(k, n, *, rank, **arguments) -> (parameters, bytes of indices)   where they are not (rank * unit, 0)
+
+The rank is whatever grows: of low-rank factors theirs, of a dictionary its atoms, of N:M pruning the number kept of a group.
 """
 import json
 from collections.abc import Callable, Sequence
@@ -22,7 +25,12 @@ class Method(NamedTuple):
     needs: frozenset[str] | Callable[..., frozenset[str]]  # what of Stats it reads: "gram", "fisher"; or that by arguments
     arguments: dict[str, tuple | Callable]  # the values that each may have, its default first; or what raises for others
     require: Callable = lambda stats, **arguments: None  # ArgumentError for statistics that lack what it reads
-    size: Callable[..., tuple[int, int]] = low_rank_size
+    size: Callable[..., tuple[float, int]] = low_rank_size
+    count: Callable[..., tuple[int, int]] | None = None
+
+    def stored(self, k: int, n: int, *, rank: int, **arguments) -> tuple[int, int]:
+        """(parameters, bytes of indices beside them)"""
+        return self.count(k, n, rank=rank, **arguments) if self.count else (rank * self.size(k, n, **arguments)[0], 0)
 
 
 METHODS = {
