@@ -227,7 +227,7 @@ def test_impossible_ranks_are_refused(name, arguments, rank):
 
 
 @pytest.mark.parametrize("method, arguments, says", [
-    ("magic", {}, "method must be one of svd, fwsvd, whitened, monarch, block_low_rank; found 'magic'"),
+    ("magic", {}, "method must be one of svd, fwsvd, whitened, monarch, block_low_rank, .*; found 'magic'"),
     (None, {}, "found None"),
     ("svd", {"side": "in"}, "svd has no argument 'side'; it has none"),
     ("fwsvd", {"side": "up"}, "side must be one of 'in', 'out', 'both'; found 'up'"),

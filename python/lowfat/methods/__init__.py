@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ArgumentError, LowfatError
-from . import fwsvd, monarch, svd, whitened
+from . import fwsvd, monarch, prune, svd, whitened
 
 
 def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
@@ -42,6 +42,12 @@ METHODS = {
     "monarch": Method(monarch.factorize, monarch.losses, monarch.needs, monarch.ARGUMENTS, monarch.require, monarch.size),
     "block_low_rank": Method(monarch.factorize_blockwise, monarch.losses_blockwise, monarch.needs, monarch.ARGUMENTS,
                              monarch.require, monarch.size),
+    "magnitude": Method(prune.magnitude, prune.magnitude_losses, frozenset(), prune.ARGUMENTS, size=prune.size,
+                        count=prune.count),
+    "wanda": Method(prune.wanda, prune.wanda_losses, frozenset({"gram"}), prune.ARGUMENTS, prune.require, prune.size,
+                    prune.count),
+    "sparsegpt": Method(prune.sparsegpt, prune.sparsegpt_losses, frozenset({"gram"}), prune.ARGUMENTS, prune.require,
+                        prune.size, prune.count),
 }
 
 
