@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ArgumentError, LowfatError
-from . import fwsvd, monarch, prune, svd, whitened
+from . import compot, cospadi, dictionary, fwsvd, monarch, prune, rocket, svd, whitened
 
 
 def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
@@ -48,6 +48,12 @@ METHODS = {
                     prune.count),
     "sparsegpt": Method(prune.sparsegpt, prune.sparsegpt_losses, frozenset({"gram"}), prune.ARGUMENTS, prune.require,
                         prune.size, prune.count),
+    "rocket": Method(rocket.factorize, rocket.losses, frozenset({"gram"}), dictionary.ARGUMENTS, dictionary.require,
+                     dictionary.size, dictionary.count),
+    "compot": Method(compot.factorize, compot.losses, frozenset({"gram"}), dictionary.ARGUMENTS, dictionary.require,
+                     dictionary.size, dictionary.count),
+    "cospadi": Method(cospadi.factorize, cospadi.losses, frozenset({"gram"}), cospadi.ARGUMENTS, dictionary.require,
+                      cospadi.size, dictionary.count),
 }
 
 
