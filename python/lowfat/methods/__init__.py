@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ArgumentError, LowfatError
-from . import compot, cospadi, dictionary, fwsvd, monarch, prune, rocket, svd, whitened
+from . import compot, cospadi, dictionary, dsformer, fwsvd, monarch, prune, rocket, svd, whitened
 
 
 def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
@@ -54,6 +54,8 @@ METHODS = {
                      dictionary.size, dictionary.count),
     "cospadi": Method(cospadi.factorize, cospadi.losses, frozenset({"gram"}), cospadi.ARGUMENTS, dictionary.require,
                       cospadi.size, dictionary.count),
+    "dsformer": Method(dsformer.factorize, dsformer.losses, frozenset(), dsformer.ARGUMENTS, size=dsformer.size,
+                       count=dsformer.count),
 }
 
 
