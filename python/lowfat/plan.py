@@ -68,7 +68,8 @@ class Plan(dict[str, Choice]):
             rows.append({"layer": name, "method": choice.method, "rank": choice.arguments.get("rank"),
                          "in_features": choice.in_features, "out_features": choice.out_features,
                          "dense_parameters": choice.dense_parameters, "parameters": choice.parameters,
-                         "dense_bytes": choice.dense_parameters * itemsize, "bytes": choice.parameters * itemsize, "index_bytes": choice.index_bytes,
+                         "dense_bytes": choice.dense_parameters * itemsize, "bytes": choice.parameters * itemsize,
+                         "index_bytes": choice.index_bytes,
                          "dense_macs": choice.dense_parameters, "macs": choice.parameters, "reason": choice.reason})
         return rows
 
@@ -95,9 +96,9 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
     """A rank for each layer so that the layers together keep at most `ratio` of their parameters.
 
     per_matrix: the same share everywhere. uniform_rank: the same rank everywhere. allocated: the least sum of what the
-    method loses in each layer, from its loss curves; knapsack: the same for curves of any form, where allocated follows their
-    convex hulls. layers: name patterns; arguments: of the method. Raises ArgumentError before any work for an unknown name,
-    a ratio outside (0, 1) or too small, and statistics that the method needs."""
+    method loses in each layer, from its loss curves; knapsack: the same for curves of any form, where allocated follows
+    their convex hulls. layers: name patterns; arguments: of the method. Raises ArgumentError before any work for an unknown
+    name, a ratio outside (0, 1) or too small, and statistics that the method needs."""
     arguments = dict(arguments or {})
     checked = check_arguments(method, arguments)
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not isfinite(ratio) or not 0 < ratio < 1:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..errors import ArgumentError, ShapeError
 from ..linalg import gram_root, truncated_svd
@@ -144,9 +143,12 @@ def curve(z: Tensor, size: int, importance: Tensor | None = None, **arguments) -
     points = sorted({0, 1, 2, 4, size, *range(0, size, step)} & set(range(size + 1)))
     held = [0.0]
     for a in points[1:]:
-        beyond = (0, max(0, a - z.shape[1]))  # atoms that there is nothing left for
-        keep = support_of(a, **arguments).chosen(pad(scores[:, :a], beyond))
-        held.append(float((squares[:, :a] * keep[:, :z.shape[1]]).sum()))
+        support = support_of(a, **arguments)
+        if support.pattern is None and not support.dense_atoms:  # a fifth of the time of a stable sort
+            kept = scores[:, :a].topk(min(support.nonzeros, z.shape[1]), dim=1, sorted=False).indices
+            held.append(float(squares.gather(1, kept).sum()))
+        else:
+            held.append(float((squares[:, :a] * support.chosen(scores[:, :a])).sum()))
     whole = float(squares.sum())
     missing = torch.tensor([whole - energy for energy in held], dtype=torch.float64).clamp_min(0).cummin(0).values
     return _straight(torch.tensor(points), missing, size)
