@@ -66,8 +66,9 @@ def digest(value) -> str:
 def code_digest() -> str:
     """Of the package's files that decide a cell's number, so that no cell outlives the code it was made with."""
     package = Path(lowfat.__file__).parent
-    names = ["calibrate.py", "factorize.py", "layers.py", "linalg.py", "plan.py", "evaluate.py", "data.py", "model_inputs.py"]
-    files = [package / name for name in names] + sorted(package.glob("methods/*.py"))
+    names = ["allocate.py", "calibrate.py", "factorize.py", "layers.py", "linalg.py", "plan.py", "evaluate.py", "data.py",
+             "model_inputs.py"]
+    files = [package / name for name in names] + sorted([*package.glob("methods/*.py"), *package.glob("structures/*.py")])
     return digest([path.read_text() for path in files])
 
 
