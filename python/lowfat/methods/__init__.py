@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ArgumentError, LowfatError
-from . import compot, cospadi, dictionary, dsformer, fwsvd, monarch, prune, rocket, svd, whitened
+from . import compot, cospadi, dictionary, dsformer, fwsvd, monarch, oats, prune, rocket, svd, whitened
 
 
 def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
@@ -56,6 +56,7 @@ METHODS = {
                       cospadi.size, dictionary.count),
     "dsformer": Method(dsformer.factorize, dsformer.losses, frozenset(), dsformer.ARGUMENTS, size=dsformer.size,
                        count=dsformer.count),
+    "oats": Method(oats.factorize, oats.losses, frozenset({"gram"}), oats.ARGUMENTS, oats.require, oats.size, oats.count),
 }
 
 

@@ -134,33 +134,31 @@ def factorized(solve: Callable, weight: Tensor, bias: Tensor | None, stats: "Sta
 
 def curve(z: Tensor, size: int, importance: Tensor | None = None, **arguments) -> Tensor:
     """||Z - S A||^2 for a = 0, 1, ..., size leading singular vectors as atoms, each row with its entries of largest size, or
-    of most importance.   z, importance [n, q] -> [size + 1], fp64
-
-    Measured at about 64 sizes, those of a plan's ladder among them, and straight in between."""
+    of most importance.   z, importance [n, q] -> [size + 1], fp64"""
     squares = z.double().square()
-    scores = squares if importance is None else importance
-    step = max(1, -(-size // _POINTS // 8) * 8) if size > _POINTS else 1
-    points = sorted({0, 1, 2, 4, size, *range(0, size, step)} & set(range(size + 1)))
-    held = [0.0]
-    for a in points[1:]:
+    scores, whole = squares if importance is None else importance, float(squares.sum())
+
+    def missing(a: int) -> float:
         support = support_of(a, **arguments)
         if support.pattern is None and not support.dense_atoms:  # a fifth of the time of a stable sort
             kept = scores[:, :a].topk(min(support.nonzeros, z.shape[1]), dim=1, sorted=False).indices
-            held.append(float(squares.gather(1, kept).sum()))
-        else:
-            held.append(float((squares[:, :a] * support.chosen(scores[:, :a])).sum()))
-    whole = float(squares.sum())
-    missing = torch.tensor([whole - energy for energy in held], dtype=torch.float64).clamp_min(0).cummin(0).values
-    return _straight(torch.tensor(points), missing, size)
+            return whole - float(squares.gather(1, kept).sum())
+        return whole - float((squares[:, :a] * support.chosen(scores[:, :a])).sum())
+
+    return sampled(size, lambda a: missing(a) if a else whole)
 
 
-def _straight(points: Tensor, values: Tensor, size: int) -> Tensor:
-    """values at the points, and on straight lines between them at 0, 1, ..., size."""
+def sampled(size: int, measure: Callable[[int], float]) -> Tensor:
+    """measure(a), never rising nor below zero, for a = 0, 1, ..., size.   [size + 1], fp64
+
+    Measured at about 64 sizes, those of a plan's ladder among them, and straight in between."""
+    step = max(1, -(-size // _POINTS // 8) * 8) if size > _POINTS else 1
+    at = torch.tensor(sorted({0, 1, 2, 4, size, *range(0, size, step)} & set(range(size + 1))))
+    values = torch.tensor([measure(a) for a in at.tolist()], dtype=torch.float64).clamp_min(0).cummin(0).values
     where = torch.arange(size + 1)
-    right = torch.searchsorted(points, where).clamp(1, max(1, len(points) - 1))
-    left = right - 1
-    share = (where - points[left]).double() / (points[right] - points[left])
-    return values[left] + share * (values[right] - values[left])
+    right = torch.searchsorted(at, where).clamp_min(1)
+    share = (where - at[right - 1]).double() / (at[right] - at[right - 1])
+    return values[right - 1] + share * (values[right] - values[right - 1])
 
 
 def lost(z: Tensor, codes: Tensor, atoms: Tensor) -> float:
