@@ -32,7 +32,7 @@ class LayerReport:
     method: str | None = None
     structure: str | None = None  # None: dense
     shape: dict = field(default_factory=dict)
-    rank: int | None = None
+    rank: int | None = None  # of the plan: of a dictionary its atoms, of N:M how many of each group stay
     error: float | None = None  # ||W - What||_F / ||W||_F
     output_error: float | None = None  # ||(W - What) X^T||_F / ||W X^T||_F over the calibration inputs X
     parameters: int = 0  # without the bias
@@ -217,7 +217,7 @@ def _one(name: str, module: nn.Module, choice, stats: Mapping | None) -> tuple[S
         raise type(error)(f"{name}: {error}") from error
     report.error, report.output_error = residuals(weight, layer, None if seen is None else seen.gram)
     deciding = report.output_error if "gram" in _needs(choice) and report.output_error is not None else report.error
-    report.shape, report.rank = layer.shape(), layer.shape().get("rank")
+    report.shape, report.rank = layer.shape(), choice.arguments["rank"]
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
         layer, report.reason = None, "the factors are not finite"
     elif not deciding < 1:  # 1 is what a weight of zeros has

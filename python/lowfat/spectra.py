@@ -103,12 +103,19 @@ def _one(name: str, module: nn.Module, original: nn.Module | None) -> Spectrum:
     k, n = sizes(module)
     found = Spectrum(name, k, n, spectrum(lambda: gram_of(weight if n >= k else weight.mT)), parameters=k * n)
     if isinstance(module, Structure):
-        found.rank = module.shape().get("rank")
+        found.rank = _rank_of(module.shape())
         found.parameters = sum(parameter.numel() for key, parameter in module.named_parameters() if key != "bias")
     if original is not None:
         dense = _weight(original).to(weight)
         found.error = float(torch.linalg.matrix_norm(dense - weight) / torch.linalg.matrix_norm(dense))
     return found
+
+
+def _rank_of(shape: dict) -> int:
+    """What a plan calls so: of a dictionary its atoms, of N:M pruning N, of a sum that of its first part."""
+    if "parts" in shape:
+        return _rank_of(shape["parts"][0])
+    return next(shape[name] for name in ("rank", "atoms", "n") if name in shape)
 
 
 def _weight(module: nn.Module) -> Tensor:

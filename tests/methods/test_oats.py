@@ -8,6 +8,7 @@ import torch
 import lowfat
 from lowfat.errors import ArgumentError, NumericsError, ShapeError
 from lowfat.methods import METHODS, check_arguments, oats
+from lowfat.spectra import spectra
 from lowfat.stats import Stats
 from lowfat.structures.sparse24 import largest_of_groups
 
@@ -46,8 +47,8 @@ def test_no_step_loses_more_and_the_curve_is_the_first(monkeypatch):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_planted_sum_is_found_again(seed):
-    """Low rank, and entries that stand out of it, at most one of four, but leave the leading directions where they are. Which
-    part holds what is open: one of four is kept also where nothing was planted."""
+    """Low rank, and entries that stand out of it, at most one of four, but leave the leading directions where they are.
+    Which part holds what is open: one of four is kept also where nothing was planted."""
     torch.manual_seed(seed)
     low_rank = torch.randn(48, 3, dtype=torch.float64) @ torch.randn(3, 64, dtype=torch.float64)
     spikes = 5 * torch.randn(48, 64, dtype=torch.float64) * largest_of_groups(torch.rand(48, 64), 1, 4) \
@@ -140,6 +141,8 @@ def test_a_model_keeps_the_ratio_and_runs(policy, tiny_llama, tmp_path):
     assert lowfat.Plan.load(tmp_path / "plan.json") == plan
     report = lowfat.factorize(tiny_llama, plan, stats)
     assert report.parameters == plan.totals()["parameters"]
+    assert [one.rank for one in report.layers if one.kept] == [one.arguments["rank"] for one in plan.values() if one.method]
+    assert [one.rank for one in spectra(tiny_llama)] == [one.arguments.get("rank") for one in plan.values()]
     assert sum(layer.index_bytes for layer in report.layers) == plan.totals()["index_bytes"] > 0
     ids = torch.arange(12).view(2, 6)
     expected = tiny_llama(ids).logits
