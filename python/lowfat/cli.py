@@ -84,9 +84,8 @@ def factorize(
     model: Model, out_folder: Out,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.")] = "whitened",
     ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
-    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="For whitened and fit=outputs; for fwsvd, with "
-                                                      "labels.")] = None,
-    policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.")] = "allocated",
+    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Most need it; fwsvd labels too.")] = None,
+    policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.", show_default=False)] = "allocated",
     arguments: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE",
                                                            help="Of the method: blocks=8, fit=outputs.")] = None,
     task: Task = None, layers: Layers = None, samples: Samples = None, max_length: MaxLength = None,

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from .data import read_rows
-from .methods import METHODS, named
+from .methods import named
 from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
 from .plan import POLICIES
 from .recovery.staged import FINAL_SHARE
@@ -17,7 +17,7 @@ from .show import bar, print_json, show_staged, show_straight_through, show_trai
 
 Train = Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)]
 Teacher = Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")]
-Method = Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.", show_default=False)]
+Method = Annotated[str, typer.Option(metavar="NAME", help="One of those of lowfat factorize.")]
 Ratio = Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")]
 Policy = Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.", show_default=False)]
 Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE", help="Of the method: blocks=8.")]
