@@ -8,17 +8,14 @@
 #include <algorithm>
 #include <tuple>
 
-#include "dictionary/forward.h"
+#include "dictionary/library.h"
 #include "host/call_counter.h"
-#include "host/cuda_launch.h"
 #include "host/cuda_stream.h"
-#include "host/gpu.h"
-#include "monarch/library.h"
 
 namespace dictionary {
 namespace {
 
-using monarch::padded, monarch::permuted, monarch::shaped;
+using monarch::permuted, monarch::shaped;
 using torch::stable::matmul, torch::stable::transpose;
 
 CallCounter kernel_calls("dictionary_backward", "cuda", "kernels"), library_calls("dictionary_backward", "cuda", "library");
@@ -42,21 +39,6 @@ Call check(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& h, co
   return s;
 }
 
-// [m, k] -> [Q, m, p]
-Tensor split_inputs(const Call& s, const Tensor& x) {
-  return transpose(shaped(padded(x, s.b_in * s.p), {s.m, s.b_in, s.p}), 0, 1);
-}
-
-// [m, n] -> [P, m, rows of a block]
-Tensor split_outputs(const Call& s, const Tensor& dy) {
-  return transpose(shaped(padded(dy, s.b_out * s.rows()), {s.m, s.b_out, s.rows()}), 0, 1);
-}
-
-Tensor middle_of(const Call& s, const Tensor& blocks_x, const Tensor& d) {
-  const Tensor blocks = matmul(blocks_x, transpose(d, 2, 3));  // [P, Q, m, a]
-  return as_contiguous(shaped(transpose(blocks, 1, 2), {s.b_out, s.m, s.middle()}));
-}
-
 // Contiguous, dy and x as rows: the same bits for every layout of the same values. h where dvalues are wanted.
 struct Arguments {
   Tensor dy, x, d, values, support;
@@ -72,27 +54,6 @@ struct Arguments {
     if (needs & kNeedsDvalues) h = h_any ? as_contiguous(*h_any) : middle_of(s, split_inputs(s, x), d);
   }
 };
-
-// What both ways need: where, and the bitmap of the support.
-struct Launches {
-  const Call& s;
-  Gpu gpu;
-  void* stream;
-
-  void done(const char* error) const { check_launch("dictionary_backward", error, gpu.arch); }
-
-  Tensor bitmap(const Tensor& support) const {
-    if (s.is_bitmap) return support;
-    const Tensor mask = floats(s.kind, s.n * s.b_in * s.words());  // a word for each float
-    const MarkOperands operands{static_cast<const int16_t*>(support.const_data_ptr()),
-                                static_cast<uint32_t*>(mask.mutable_data_ptr()), s.n * s.b_in,
-                                static_cast<int>(s.words()), static_cast<int>(s.s)};
-    if (s.n > 0 && s.a > 0) done(launch_mark(operands, gpu.sm_count, stream));
-    return mask;
-  }
-};
-
-const uint32_t* words_of(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
 
 // --- the gradients of y = h s^T: dh, dvalues, db ---
 
@@ -177,7 +138,7 @@ Gradients dictionary_backward_cuda(const Tensor& dy_any, const Tensor& x_any, co
   const int device = s.kind.device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Arguments in(s, dy_any, x_any, h_any, d_any, values_any, support_any, needs);
-  const Launches on{s, gpu_of(device), current_cuda_stream(device)};
+  const Launches on{"dictionary_backward", s, gpu_of(device), current_cuda_stream(device)};
   Problem problem;
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.a, problem.kept = s.s;
   problem.b_out = s.b_out, problem.b_in = s.b_in;

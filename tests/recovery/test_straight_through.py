@@ -37,7 +37,7 @@ def shadowed(n=6, k=5, rank=2, factorize=None, dtype=torch.float64):
     torch.manual_seed(0)
     weight = torch.randn(n, k, dtype=dtype)
     layer = LowRank.from_dense(weight, torch.randn(n, dtype=dtype), rank=rank)
-    again = factorize or (lambda name, weight: LowRank.from_dense(weight, rank=rank))
+    again = factorize or (lambda name, layer, weight: LowRank.from_dense(weight, rank=rank))
     return layer, weight, Shadows({"layer": layer}, {"layer": torch.nn.Parameter(weight.clone())}, again)
 
 
@@ -109,7 +109,7 @@ def test_removed_shadows_leave_the_layer_as_it_was():
 # --- a model ---
 
 @pytest.mark.parametrize("change", [{}, {"method": "monarch", "arguments": {"blocks": 2}}, {"method": "whitened"},
-                                    {"freeze": 0.0}, {"layers": ["*.query"]}, {"every": 1}])
+                                    {"freeze": 0.0}, {"layers": ["*.query"]}, {"every": 1}, {"method": "magnitude"}])
 def test_rates_of_nothing_change_nothing(change):
     """Factors of an unchanged weight are the same factors: the method is a projection."""
     model = classifier()
@@ -222,6 +222,19 @@ def test_bad_arguments_are_named_before_any_work(change, message):
     assert digest(model) == before
 
 
+def test_dsformers_dictionaries_are_followed_from_where_they_are():
+    model = classifier()
+    report = run(model, method="dsformer", arguments={"blocks": [1, 2], "density": 0.5}, freeze=0.0, fade=0.0)
+    layers = [module for module in model.modules() if isinstance(module, Dictionary)]
+    assert layers and [entry["step"] for entry in report.refactorized] == [3, 6, 9, 10]
+    for layer in layers:
+        layer.check_indices()
+        assert int(layer.kept().sum()) == layer.values.numel()
+    model.eval()
+    lowfat.save(model, "out", tokenizer=tokenizer())
+    assert digest(lowfat.load("out")) == digest(model)
+
+
 # --- what it is for ---
 
 def trained(layer, shadows, x, y, steps=400, every=10):
@@ -247,5 +260,6 @@ def test_it_learns_a_planted_support_that_a_fixed_one_cannot_fit(make, seed):
     x = torch.randn(256, 16)
     y = target(x).detach()
     fixed, learned = make(start), make(start)
-    shadows = Shadows({"layer": learned}, {"layer": torch.nn.Parameter(start.clone())}, lambda name, weight: make(weight))
+    shadows = Shadows({"layer": learned}, {"layer": torch.nn.Parameter(start.clone())},
+                      lambda name, layer, weight: make(weight))
     assert trained(learned, shadows, x, y) < trained(fixed, None, x, y)

@@ -11,7 +11,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..errors import ArgumentError, LowfatError
+from ..structures import Structure
 from . import compot, cospadi, dictionary, dsformer, fwsvd, monarch, oats, prune, rocket, svd, whitened
 
 
@@ -27,6 +30,12 @@ class Method(NamedTuple):
     require: Callable = lambda stats, **arguments: None  # ArgumentError for statistics that lack what it reads
     size: Callable[..., tuple[float, int]] = low_rank_size
     count: Callable[..., tuple[int, int]] | None = None
+    refactorize: Callable[[Structure, Tensor], Structure] | None = None  # better factors of a weight, from those of a layer
+
+    def follow(self, layer: Structure, weight: Tensor, stats: Any, **arguments) -> Structure:
+        """The layer's factors made anew for its weight [n, k] as it is by now: from those that it has where the method can,
+        else from nothing."""
+        return self.refactorize(layer, weight) if self.refactorize else self.factorize(weight, None, stats, **arguments)[0]
 
     def stored(self, k: int, n: int, *, rank: int, **arguments) -> tuple[int, int]:
         """(parameters, bytes of indices beside them)"""
@@ -55,7 +64,7 @@ METHODS = {
     "cospadi": Method(cospadi.factorize, cospadi.losses, frozenset({"gram"}), cospadi.ARGUMENTS, dictionary.require,
                       cospadi.size, dictionary.count),
     "dsformer": Method(dsformer.factorize, dsformer.losses, frozenset(), dsformer.ARGUMENTS, size=dsformer.size,
-                       count=dsformer.count),
+                       count=dsformer.count, refactorize=dsformer.refactorized),
     "oats": Method(oats.factorize, oats.losses, frozenset({"gram"}), oats.ARGUMENTS, oats.require, oats.size, oats.count),
 }
 

@@ -36,7 +36,7 @@ class _StraightThrough(torch.autograd.Function):
 class Shadows:
     """The shadow weights of a model's layers, and what makes factors of them.
 
-    factorize(name, weight) -> the layer of factors for a weight [n, k], of the same sizes every time. The layers' own
+    factorize(name, layer, weight) -> a layer like this one, for the weight [n, k] as it is by now. The layers' own
     forward stays; a hook adds to it, so that what runs several layers as one call runs them one by one meanwhile."""
 
     def __init__(self, layers: Mapping[str, Structure], weights: Mapping[str, nn.Parameter], factorize: Callable):
@@ -58,7 +58,7 @@ class Shadows:
         over the layers of ||W - What||_F / ||W||_F."""
         errors = []
         for name, layer in self.layers.items():
-            fresh = self._factorize(name, layer.shadow.detach()).state_dict()
+            fresh = self._factorize(name, layer, layer.shadow.detach()).state_dict()
             for key, tensor in layer.state_dict(keep_vars=True).items():
                 if key not in (NAME, "bias"):
                     tensor.copy_(fresh[key])

@@ -128,10 +128,10 @@ def _shadowed(making: Making):
         if any(users[id(parameter)] > 1 for parameter in layer.parameters()):
             raise ArgumentError(f"{name} shares a factor with another layer; straight_through needs factors of its own")
 
-    def again(name: str, weight: Tensor) -> Structure:
+    def again(name: str, layer: Structure, weight: Tensor) -> Structure:
         choice = planned[name]
         try:
-            return METHODS[choice.method].factorize(weight, None, stats and stats[name], **choice.arguments)[0]
+            return METHODS[choice.method].follow(layer, weight, stats and stats[name], **choice.arguments)
         except LowfatError as error:
             raise type(error)(f"{name}: {error}") from error
 
