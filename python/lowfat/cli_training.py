@@ -78,7 +78,8 @@ def staged(
     report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
                   method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
                   layers=layers or None, by=by, order=order, steps=steps, final_share=final_share,
-                  learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed, save_every=save_every, overwrite=overwrite)
+                  learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed,
+                  save_every=save_every, overwrite=overwrite)
     print_json(report.to_json()) if as_json else show_staged(report, out_folder)
 
 
@@ -110,8 +111,8 @@ def straight_through(
     report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
                   method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
                   layers=layers or None, steps=steps, every=every, fade=fade, freeze=freeze, pull=pull,
-                  learning_rate=learning_rate, shadow_rate=shadow_rate, batch_size=batch_size, max_length=max_length, seed=seed, save_every=save_every,
-                  overwrite=overwrite)
+                  learning_rate=learning_rate, shadow_rate=shadow_rate, batch_size=batch_size, max_length=max_length,
+                  seed=seed, save_every=save_every, overwrite=overwrite)
     print_json(report.to_json()) if as_json else show_straight_through(report, out_folder)
 
 

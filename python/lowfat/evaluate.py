@@ -44,7 +44,8 @@ def judged(rows: Sequence[Mapping], tokenizer, task: str, model, *, max_length: 
                 raise ArgumentError(f'{place(row, number)} has no "{key}"; retrieval needs "text_a" and "text_b" in every '
                                     "row")
     if task == "embedding":  # without a "text" of their own
-        rows = [Row({key: row[key] for key in ("text_a", "text_b")}, place(row, number)) for number, row in enumerate(rows, 1)]
+        rows = [Row({key: row[key] for key in ("text_a", "text_b")}, place(row, number))
+                for number, row in enumerate(rows, 1)]
     found = examples(rows, tokenizer, task, max_length=fitting(max_length, model),
                      label2id=label2id or model.config.label2id)
     if task == "lm" and all(len(piece["input_ids"]) < 2 for piece in found):

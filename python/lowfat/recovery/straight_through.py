@@ -35,7 +35,8 @@ def straight_through(model, train: Sequence[Mapping], *, tokenizer, task: str | 
                      ratio: float = 0.5, policy: str = "per_matrix", arguments: Mapping | None = None,
                      layers: Sequence[str] | None = None, steps: int, every: int = 20, fade: float = 0.4,
                      freeze: float = 0.2, pull: float = 1e-4, learning_rate: float = 1e-4,
-                     shadow_rate: float = 3e-5, batch_size: int = 32, max_length: int | None = None, calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None,
+                     shadow_rate: float = 3e-5, batch_size: int = 32, max_length: int | None = None,
+                     calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None,
                      temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto", seed: int = 0,
                      validation: Sequence[Mapping] | None = None, out: str | Path | None = None, overwrite: bool = False,
                      save_every: int = 100, on_progress=None) -> StraightThroughReport:
