@@ -6,8 +6,12 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 
 from lowfat import _native
+from lowfat.bench.dictionary import Dictionary, known, products
 from lowfat.bench.gates import Chain, chain, failed_gates, finished, product_of
 from lowfat.bench.monarch_backward import known_gradients
+from lowfat.bench.sparse24 import random_mask
+from lowfat.ops.bitmap import expand, unpack
+from lowfat.ops.dictionary import coefficients
 from lowfat.ops.monarch import join_outputs, reference, reference_backward, reference_training
 
 OPS = torch.ops.lowfat
@@ -136,15 +140,77 @@ def monarch_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[s
     return failed
 
 
+def masked(m: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    """x, dy, values, mask, their dense weight, bias: 2:4."""
+    k = SIZES[sparse24]["k"]
+    x, dy, bias = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (m, N), (N,)))
+    values, mask = torch.randn(N, k // 2, device=device).mul_(0.05).to(dtype), random_mask(N, k, 2, 4, torch.device(device))
+    return x, dy, values, mask, expand(values, unpack(mask, k)), bias
+
+
+def sparse24(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    x, _, values, mask, weight, bias = masked(m, dtype, device)
+    return failed_gates(OPS.sparse24(x, values, mask, bias, 2, 4), linear(x, weight, bias), chain(x, weight.T, bias=bias))
+
+
+def sparse24_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    x, dy, values, mask, weight, _ = masked(m, dtype, device)
+    dx, dvalues, db = OPS.sparse24_backward(dy, x, values, mask, 11, 2, 4)
+    ones = torch.ones(1, m, device=device, dtype=dtype)
+    return [*failed_gates(dx, linear(dy, weight.T), chain(dy, weight)),
+            *kept_gates(dvalues, linear(dy.T, x.T), chain(dy.T, x), unpack(mask, x.shape[1])),
+            *failed_gates(db[None], linear(ones, dy.T), chain(ones, dy))]
+
+
+def kept_gates(found: torch.Tensor, plain: torch.Tensor, known: Chain, kept: torch.Tensor) -> list[str]:
+    """Of the kept entries of a dense gradient."""
+    shape, mids = found.shape, [mid[kept].view(found.shape) for mid in known.mids]
+    return failed_gates(found, plain[kept].view(shape), Chain(known.y64[kept].view(shape), mids,
+                                                              known.magnitude[kept].view(shape), known.length, known.roundings))
+
+
+def coded(m: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    """x, dy, d, values, support, bias: one block, half of the atoms in a row."""
+    x, dy, v, _, bias = operands(m, dtype, device)
+    support = Dictionary().random_support(N, R, torch.device(device))
+    return x, dy, v[None, None], torch.randn(N, R // 2, device=device).mul_(0.05).to(dtype), support, bias
+
+
+def dictionary(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Forward, and forward with h for training."""
+    x, _, d, values, support, bias = coded(m, dtype, device)
+    y, h = OPS.dictionary_training(x, d, values, support, bias)
+    failed = failed_gates(y, products(x, d, values, support) + bias, known(x, d, values, support, bias))
+    failed += failed_gates(h[0], linear(x, d[0, 0]), chain(x, d[0, 0].T))
+    if not torch.equal(OPS.dictionary(x, d, values, support, bias), y):
+        failed.append("other bits without h")
+    return failed
+
+
+def dictionary_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    x, dy, d, values, support, _ = coded(m, dtype, device)
+    h, codes, atoms = linear(x, d[0, 0]), coefficients(values, support, 1, R), d[0, 0]
+    dx, dd, dvalues, db = OPS.dictionary_backward(dy, x, h[None], d, values, support, 0b10111)
+    ones = torch.ones(1, m, device=device, dtype=dtype)
+    return [*failed_gates(dx, linear(linear(dy, codes.T), atoms.T), chain(dy, codes, atoms)),
+            *failed_gates(dd[0, 0], linear(linear(codes.T, dy), x.T), chain(codes.T, dy.T, x)),
+            *kept_gates(dvalues, linear(dy.T, h.T), chain(dy.T, h), unpack(support, R)),
+            *failed_gates(db[None], linear(ones, dy.T), chain(ones, dy))]
+
+
 # function -> the op whose choice of a path and whose counters it shares, and the values of m
 CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_rank", (1, 16, 100, 300)),
          low_rank_group: ("low_rank_group", (5,)), low_rank_swiglu: ("low_rank_swiglu", (5,)),
          low_rank_pivoted: ("low_rank_pivoted", (5,)), low_rank_backward: ("low_rank_backward", (100,)),
          low_rank_backward_into: ("low_rank_backward_into", (100,)), monarch: ("monarch", (1, 16, 100)),
-         monarch_backward: ("monarch_backward", (100,)), monarch_clusters: ("monarch", (1, 100))}
+         monarch_backward: ("monarch_backward", (100,)), monarch_clusters: ("monarch", (1, 100)),
+         sparse24: ("sparse24", (1, 16, 60)), sparse24_backward: ("sparse24_backward", (100,)),
+         dictionary: ("dictionary", (1, 16)), dictionary_backward: ("dictionary_backward", (100,))}
 BLOCKS = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}  # 776 inputs in 4 blocks are no whole pieces
 SIZES = {monarch: BLOCKS, monarch_backward: BLOCKS,
-         monarch_clusters: {"n": 768, "k": 768, "r": 2, "b_in": 16, "b_out": 32}}
+         monarch_clusters: {"n": 768, "k": 768, "r": 2, "b_in": 16, "b_out": 32},
+         sparse24: {"k": 768}, sparse24_backward: {"k": 768}, dictionary: {"kept": R // 2},
+         dictionary_backward: {"kept": R // 2}}
 NO_KERNEL = ("library", "members")
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("nvcc", "g++", "cmake", "ninja")
-RACES = ("targets", "models", "compiled", "group", "swiglu", "backward", "monarch_64", "monarch_4")
+RACES = ("targets", "models", "compiled", "group", "swiglu", "backward", "monarch_64", "monarch_4",
+         "sparse24", "dictionary")
 TO_TEST = ("pytest", "pytest-timeout", "hypothesis")
 # H200, bf16: (op, k, n, r) -> {m: (microseconds or None, times as fast as the better of pair and compiled pair)}
 TARGETS = {
@@ -31,6 +32,7 @@ TARGETS = {
     ("monarch", 4096, 4096, 1): {1: (3.2, 3), 256: (4.5, 2.5), 4096: (22, 2.5)},  # 64 blocks; the others 4
     ("monarch", 4096, 4096, 256): {4096: (112, 1.25)},
     ("monarch", 768, 768, 48): {4096: (6.5, 2)},
+    ("sparse24", 4096, 4096, 2): {1: (7, 1.45), 16: (7, 1.45), 64: (7, 1.45), 1024: (None, 1.25)},  # the pair: the dense layer
 }
 
 
