@@ -164,9 +164,11 @@ def sparse24_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[
 
 def kept_gates(found: torch.Tensor, plain: torch.Tensor, known: Chain, kept: torch.Tensor) -> list[str]:
     """Of the kept entries of a dense gradient."""
-    shape, mids = found.shape, [mid[kept].view(found.shape) for mid in known.mids]
-    return failed_gates(found, plain[kept].view(shape), Chain(known.y64[kept].view(shape), mids,
-                                                              known.magnitude[kept].view(shape), known.length, known.roundings))
+    def of(whole: torch.Tensor) -> torch.Tensor:
+        return whole[kept].view(found.shape)
+
+    return failed_gates(found, of(plain), Chain(of(known.y64), [of(mid) for mid in known.mids], of(known.magnitude),
+                                                known.length, known.roundings))
 
 
 def coded(m: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
