@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lowfat.allocate import Ladder, allocated, knapsack, per_matrix, uniform_rank
+from lowfat.allocate import STEP, Ladder, allocated, knapsack, per_matrix, uniform_rank
 from lowfat.errors import ArgumentError
 
 SHAPES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=8)
@@ -168,3 +168,14 @@ def test_a_concave_curve_jumps_to_dense_or_stays_small():
     flat = [0.1 * (1 - cost / 1600) for cost in ladders[1].costs]
     picks = allocated(ladders, 1600 + ladders[1].costs[0], [concave, flat])
     assert picks == [len(ladders[0].ranks), 0]
+
+
+def test_uniform_rank_counts_what_no_rank_saves_apart():
+    """Low rank beside a sparse part of a fixed size: one rank for all, whatever the sparse parts take."""
+    ladders = [Ladder(k, n, k + n, min(k, n), lambda rank, k=k, n=n: k * n // 2 + rank * (k + n))
+               for k, n in ((384, 384), (384, 1536), (1536, 384))]
+    budget = int(0.7 * sum(ladder.k * ladder.n for ladder in ladders))
+    chosen = uniform_rank(ladders, budget)
+    ranks = [ladder.ranks[index] for ladder, index in zip(ladders, chosen)]
+    assert max(ranks) - min(ranks) <= STEP
+    assert sum(ladder.costs[index] for ladder, index in zip(ladders, chosen)) <= budget

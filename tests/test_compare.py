@@ -14,7 +14,7 @@ import pytest
 
 import lowfat
 from lowfat import storage
-from lowfat.comparison.grid import DENSE, Cell, grid
+from lowfat.comparison.grid import DENSE, Cell, grid, parsed
 from lowfat.comparison.summary import chance, findings, is_collapsed, markdown, summary
 from lowfat.errors import ArgumentError, LowfatError
 from lowfat.job import open_model
@@ -58,6 +58,7 @@ def test_the_grid_has_every_cell_once():
     assert len({cell.name for cell in cells}) == len(cells)
     assert cells[-1] == Cell("monarch", '{"blocks": 8}', 0.25, "finetune", 1e-3, 2)
     assert cells[-1].name == "monarch-blocks=8-0.25-finetune-0.001-seed2" and cells[-1].label == "monarch:blocks=8"
+    assert parsed("compot:pattern=2:4:dense_share=0.5") == ("compot", '{"dense_share": 0.5, "pattern": "2:4"}')
 
 
 MISTAKES = {

@@ -181,9 +181,9 @@ void forward(const Call& s, const CpuConfig& config, const Operands& in, Result&
 }
 
 // [m, Q p], zeros where there is no more of x.
-Tensor padded_rows(const Call& s, const Tensor& x) {
+Tensor padded_rows(const Call& s, const Tensor& x, bool is_decode) {
   const Tensor rows = as_contiguous(x);
-  if (s.k == s.b_in * s.p && (s.m <= cpu::kMostTokens || x.dim() == 2)) return rows;  // decode reads them as they lie
+  if (s.k == s.b_in * s.p && (is_decode || x.dim() == 2)) return rows;  // decode reads them as they lie
   const int64_t more[] = {0, s.b_in * s.p - s.k};
   return torch::stable::pad(torch::stable::reshape(rows, {s.m, s.k}), more);
 }
@@ -199,7 +199,8 @@ Result forward_cpu(const Tensor& x, const Tensor& d, const Tensor& values, const
   if (keep_h) result.h = empty(s.kind, {s.b_out, s.m, s.middle()});
   if (config.path == CpuPath::empty) return result;
 
-  Operands in{padded_rows(s, x), as_contiguous(d), as_contiguous(values), as_contiguous(support), std::nullopt};
+  Operands in{padded_rows(s, x, config.path != CpuPath::library), as_contiguous(d), as_contiguous(values),
+              as_contiguous(support), std::nullopt};
   if (bias) in.bias = as_contiguous(*bias);
   switch (s.dtype) {
     case Dtype::float64: forward<uint64_t>(s, config, in, result); break;

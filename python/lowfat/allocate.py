@@ -43,6 +43,11 @@ class Ladder:
         return [rank for rank in (1, 2, 4) if rank < step and rank <= most] + list(range(step, most + 1, step))
 
     @cached_property
+    def fixed(self) -> float:
+        """Parameters that no rank saves."""
+        return max(0, self.parameters(self.most) - self.most * self.unit)
+
+    @cached_property
     def costs(self) -> list[int]:
         """Parameters at each rank, and last of the dense matrix."""
         return [self.parameters(rank) for rank in self.ranks] + [self.n * self.k]
@@ -53,12 +58,13 @@ def per_matrix(ladders: Sequence[Ladder], budget: int) -> list[int]:
     fixed = sum(ladder.n * ladder.k for ladder in ladders if not ladder.ranks)
     total = sum(ladder.n * ladder.k for ladder in ladders) - fixed
     share = (budget - fixed) / total if total else 0.0
-    return _nearest(ladders, budget, [share * ladder.n * ladder.k / ladder.unit for ladder in ladders])
+    return _nearest(ladders, budget, [(share * ladder.n * ladder.k - ladder.fixed) / ladder.unit for ladder in ladders])
 
 
 def uniform_rank(ladders: Sequence[Ladder], budget: int) -> list[int]:
     """One rank for all; a matrix that this rank would not make smaller stays dense, and the others get what it leaves."""
-    return _nearest(ladders, budget, [budget / sum(ladder.unit for ladder in ladders)] * len(ladders))
+    rank = (budget - sum(ladder.fixed for ladder in ladders)) / sum(ladder.unit for ladder in ladders)
+    return _nearest(ladders, budget, [rank] * len(ladders))
 
 
 def allocated(ladders: Sequence[Ladder], budget: int, losses: Sequence[Sequence[float]]) -> list[int]:
@@ -113,11 +119,11 @@ def _nearest(ladders: Sequence[Ladder], budget: int, targets: Sequence[float]) -
     """The largest sizes not above the target ranks; what rounding leaves goes to whoever is furthest below its target.
 
     Not to the largest next singular value: that would mean to decompose every matrix to place less than one step of each."""
-    chosen = [max(0, sum(cost <= target * ladder.unit for cost in ladder.costs) - 1)
+    chosen = [max(0, sum(cost - ladder.fixed <= target * ladder.unit for cost in ladder.costs) - 1)
               for ladder, target in zip(ladders, targets)]
 
     def below(i: int, b: int) -> float:
-        return targets[i] - ladders[i].costs[b] / ladders[i].unit
+        return targets[i] - (ladders[i].costs[b] - ladders[i].fixed) / ladders[i].unit
 
     while any(chosen) and sum(ladder.costs[b] for ladder, b in zip(ladders, chosen)) > budget:
         # matrices that cannot go below rank 1 have taken more than their share

@@ -13,6 +13,7 @@ from .methods import named
 from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
 from .plan import POLICIES
 from .recovery.staged import FINAL_SHARE
+from .recovery.straight_through import EVERY, FADE, FREEZE, PULL, SHADOW_RATE
 from .show import bar, print_json, show_staged, show_straight_through, show_training
 
 Train = Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)]
@@ -87,14 +88,14 @@ def straight_through(
     model: Model, out_folder: Out, train: Train, teacher: Teacher = None, method: Method = "svd", ratio: Ratio = 0.5,
     arguments: Set = None,
     steps: Annotated[int, typer.Option(metavar="N", help="Of learning, and of the factors alone.")] = 300,
-    every: Annotated[int, typer.Option(metavar="STEPS", help="Choose new factors this often.")] = 20,
+    every: Annotated[int, typer.Option(metavar="STEPS", help="Choose new factors this often.")] = EVERY,
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of the factors.")] = 1e-4,
     batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
     policy: Annotated[str, typer.Option(hidden=True)] = "per_matrix",
-    shadow_rate: Annotated[float, typer.Option(hidden=True)] = 3e-5,
-    fade: Annotated[float, typer.Option(hidden=True)] = 0.4,
-    freeze: Annotated[float, typer.Option(hidden=True)] = 0.2,
-    pull: Annotated[float, typer.Option(hidden=True)] = 1e-4,
+    shadow_rate: Annotated[float, typer.Option(hidden=True)] = SHADOW_RATE,
+    fade: Annotated[float, typer.Option(hidden=True)] = FADE,
+    freeze: Annotated[float, typer.Option(hidden=True)] = FREEZE,
+    pull: Annotated[float, typer.Option(hidden=True)] = PULL,
     layers: HiddenLayers = None, validation: HiddenTexts = None, task: HiddenTask = None, max_length: HiddenLength = None,
     seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:

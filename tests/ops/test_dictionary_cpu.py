@@ -168,5 +168,17 @@ def check_level(seed: int = 0) -> int:
     return done
 
 
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 1, 3, 24), (5, 4, 24)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_number_of_dimensions_on_every_path(dtype, shape):
+    """Also few rows in a dtype that has no kernel, and many in one that has."""
+    d, values = torch.randn(1, 1, 6, 24).to(dtype), torch.randn(10, 2).to(dtype)
+    support = pack(torch.rand(10, 6).argsort(-1) < 2)
+    x = torch.randn(shape).to(dtype)
+    rows = x.reshape(-1, 24)
+    assert torch.equal(OPS.dictionary(x, d, values, support, None).reshape(len(rows), 10),
+                       OPS.dictionary(rows, d, values, support, None))
+
+
 if __name__ == "__main__":
     sys.stdout.write(f"{_native.cpu_level()} {check_level()}\n")

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -200,9 +201,25 @@ def test_blocks_run_as_one_call_again():
     assert blocks._can_run(block) and block(hidden)[0].shape == hidden.shape
 
 
-def test_weights_that_are_not_finite_stop_the_training():
+def test_weights_that_are_not_finite_stop_the_training_and_leave_no_shadow():
+    model = classifier()
     with pytest.raises(NumericsError):
-        run(classifier(), learning_rate=1e30, shadow_rate=1e30)
+        run(model, learning_rate=1e30, shadow_rate=1e30)
+    assert not any(hasattr(module, NAME) or module._forward_hooks for module in model.modules())
+
+
+def test_factors_of_another_form_are_refused():
+    layer, _, shadows = shadowed(factorize=lambda name, layer, weight: LowRank.from_dense(weight, rank=3))
+    before = layer.u.detach().clone()
+    with pytest.raises(ArgumentError, match="layer: the method made .*'rank': 3.* needs one form"):
+        shadows.refactorize({})
+    assert torch.equal(layer.u, before)
+
+
+def test_a_model_none_of_whose_layers_was_factorized_is_refused(monkeypatch):
+    monkeypatch.setattr(sys.modules["lowfat.factorize"], "residuals", lambda *_: (2.0, None))
+    with pytest.raises(ArgumentError, match="no layer was factorized; .*query: no better than a weight of zeros"):
+        run(classifier(), layers=["*.layer.0.attention.self.query"])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -213,6 +230,7 @@ def test_weights_that_are_not_finite_stop_the_training():
     ({"pull": math.nan}, "pull is nan"),
     ({"steps": 1, "freeze": 0.6, "fade": 0.1}, "steps is 1; freeze 0.6 leaves none"),
     ({"every": 0}, "every is 0"), ({"shadow_rate": 0.0}, "shadow_rate is 0.0"), ({"steps": 0}, "steps is 0"),
+    ({"method": "monarch", "arguments": {"grouped": True}}, "grouped: rows that share a block may be others"),
     ({"method": "sleep"}, "method must be one of"), ({"ratio": 2.0}, "ratio")])
 def test_bad_arguments_are_named_before_any_work(change, message):
     model = classifier()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lowfat import checkpoint
-from lowfat.errors import ArgumentError, DtypeError, FormatError, IndexRangeError, NumericsError, ShapeError
+from lowfat.errors import (ArgumentError, DeviceError, DtypeError, FormatError, IndexRangeError, NumericsError,
+                           ShapeError)
 from lowfat.layers import dense_weight, factorizable, replace, skipped
 from lowfat.spectra import spectra
 from lowfat.structures import STRUCTURES, Dictionary, LowRank, Monarch, Sparse24, Sum, structures
@@ -192,3 +193,11 @@ def test_parts_are_no_layers_of_the_model(tiny_bert):
     already = {name: why for name, why in skipped(tiny_bert).items() if why.startswith("already")}
     assert already == dict.fromkeys(names, "already Sum")
     assert {type(part) for part in next(iter(found.values())).parts} == {LowRank, Monarch, Dictionary, Sparse24}
+
+
+def test_a_bias_or_part_on_another_device_is_named():
+    part = LowRank(8, 8, 2, bias=False)
+    with pytest.raises(DeviceError, match="bias is on meta, the parts are on cpu"):
+        Sum.of([part], torch.zeros(8, device="meta"))
+    with pytest.raises(DeviceError, match="part 1 is on meta, part 0 is on cpu"):
+        Sum.of([part, LowRank(8, 8, 2, bias=False, device="meta")])

@@ -1,5 +1,6 @@
 """What is compared: every method at every ratio, with every recovery, rate and seed, and the dense model itself."""
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -77,7 +78,8 @@ def parsed(text: str) -> tuple[str, str]:
     """("monarch", '{"blocks": 8}') of "monarch:blocks=8", both checked."""
     if not isinstance(text, str):
         raise ArgumentError(f"methods must be names like svd or monarch:blocks=8; found {text!r}")
-    method, *settings = text.split(":")
+    method, colon, rest = text.partition(":")
+    settings = re.split(r":(?=\w+=)", rest) if colon else []  # a value like 2:4 has a colon of its own
     arguments = named(text, settings)
     check_arguments(method, arguments)
     return method, json.dumps(arguments, sort_keys=True)

@@ -66,7 +66,7 @@ def support_of(atoms: int, density: float = 0.5, pattern: str | None = None, den
     check_density(density)
     check_dense_share(dense_share)
     if pattern is None:
-        nonzeros = max(1, int(density * atoms))
+        nonzeros = max(1, int(density * atoms + 1e-9))  # 0.29 of 100 are 29
         return Support(atoms, nonzeros, min(nonzeros, int(dense_share * atoms)))
     sparse = (atoms - int(dense_share * atoms)) // 4 * 4
     return Support(atoms, atoms - sparse // 2, atoms - sparse, (2, 4) if sparse else None)

@@ -50,6 +50,11 @@ def size(k: int, n: int, *, blocks: int | tuple[int, int] = 4, fit: str = "weigh
     return b_in * b_out * (p + s), min(p, s)
 
 
+def count(k: int, n: int, *, rank: int, grouped: bool = False, **arguments) -> tuple[int, int]:
+    """(parameters, bytes of indices): with grouped at most, where no group is closer the rows stay."""
+    return rank * size(k, n, **arguments)[0], 4 * n if grouped else 0
+
+
 @torch.no_grad()
 def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats | None" = None, *, rank: int,
               blocks: int | tuple[int, int] = 4, fit: str = "weights", grouped: bool = False,

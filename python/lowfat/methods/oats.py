@@ -30,12 +30,12 @@ def check_kept(kept: int) -> None:
 ARGUMENTS = {"kept": check_kept, "group": prune.check_group}
 
 
-def require(stats: "Stats | None", *, kept: int = 2, group: int = 4) -> None:
+def require(stats: "Stats | None", *, kept: int = 1, group: int = 4) -> None:
     if stats is None:
         raise ArgumentError("oats needs calibration statistics, found none; pass stats=calibrate(model, batches)")
 
 
-def size(k: int, n: int, *, kept: int = 2, group: int = 4) -> tuple[int, int]:
+def size(k: int, n: int, *, kept: int = 1, group: int = 4) -> tuple[int, int]:
     check_kept(kept)
     prune.check_group(group)
     check_groups(k, kept, group)
@@ -44,13 +44,13 @@ def size(k: int, n: int, *, kept: int = 2, group: int = 4) -> tuple[int, int]:
     return k + n, min(k, n)
 
 
-def count(k: int, n: int, *, rank: int, kept: int = 2, group: int = 4) -> tuple[int, int]:
+def count(k: int, n: int, *, rank: int, kept: int = 1, group: int = 4) -> tuple[int, int]:
     parameters, index_bytes = prune.count(k, n, rank=kept, group=group)
     return parameters + rank * (k + n), index_bytes
 
 
 @torch.no_grad()
-def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int, kept: int = 2,
+def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int, kept: int = 1,
               group: int = 4) -> tuple[Sum, list[str]]:
     """The sum of a LowRank and a Sparse24 layer in the weight's dtype.   weight [n, k]   bias [n]
 
@@ -66,7 +66,7 @@ def factorize(weight: Tensor, bias: Tensor | None, stats: "Stats", *, rank: int,
 
 
 @torch.no_grad()
-def losses(weight: Tensor, stats: "Stats", *, kept: int = 2, group: int = 4) -> Tensor:
+def losses(weight: Tensor, stats: "Stats", *, kept: int = 1, group: int = 4) -> Tensor:
     """||(W - What) diag(sqrt(C_jj))||_F^2 after the first step, for every rank.   [min(n, k) + 1], fp64"""
     scale, _ = _scale(weight, stats, kept, group)
     scaled = weight.double() * scale

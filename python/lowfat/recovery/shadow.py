@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import TrainerCallback
 
+from ..errors import ArgumentError
 from ..structures import Structure
 
 NAME = "shadow"  # of the parameter that a layer has while its factors are learned
@@ -58,7 +59,11 @@ class Shadows:
         over the layers of ||W - What||_F / ||W||_F."""
         errors = []
         for name, layer in self.layers.items():
-            fresh = self._factorize(name, layer, layer.shadow.detach()).state_dict()
+            made = self._factorize(name, layer, layer.shadow.detach())
+            found, due = (one.shape() | {"bias": None} for one in (made, layer))  # which stays as it is
+            if found != due:
+                raise ArgumentError(f"{name}: the method made {found} of a layer of {due}; needs one form")
+            fresh = made.state_dict()
             for key, tensor in layer.state_dict(keep_vars=True).items():
                 if key not in (NAME, "bias"):
                     tensor.copy_(fresh[key])

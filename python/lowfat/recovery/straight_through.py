@@ -20,6 +20,8 @@ from ..structures import Structure
 from .making import Making
 from .training import Phase, TrainReport, check_numbers, in_order, prepared, ready, run_into, train_phase
 
+EVERY, FADE, FREEZE, PULL, SHADOW_RATE = 20, 0.4, 0.2, 1e-4, 3e-5  # of straight_through(), which says what they are
+
 
 @dataclass
 class StraightThroughReport(TrainReport):
@@ -33,9 +35,9 @@ class StraightThroughReport(TrainReport):
 
 def straight_through(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, method: str = "svd",
                      ratio: float = 0.5, policy: str = "per_matrix", arguments: Mapping | None = None,
-                     layers: Sequence[str] | None = None, steps: int, every: int = 20, fade: float = 0.4,
-                     freeze: float = 0.2, pull: float = 1e-4, learning_rate: float = 1e-4,
-                     shadow_rate: float = 3e-5, batch_size: int = 32, max_length: int | None = None,
+                     layers: Sequence[str] | None = None, steps: int, every: int = EVERY, fade: float = FADE,
+                     freeze: float = FREEZE, pull: float = PULL, learning_rate: float = 1e-4,
+                     shadow_rate: float = SHADOW_RATE, batch_size: int = 32, max_length: int | None = None,
                      calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None,
                      temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto", seed: int = 0,
                      validation: Sequence[Mapping] | None = None, out: str | Path | None = None, overwrite: bool = False,
@@ -56,6 +58,8 @@ def straight_through(model, train: Sequence[Mapping], *, tokenizer, task: str | 
                           "calibration_rows": calibration_rows},
                   learning_rate=learning_rate, shadow_rate=shadow_rate, temperature=temperature)
     learning = _check(steps, fade, freeze, pull)
+    if (arguments or {}).get("grouped"):
+        raise ArgumentError("grouped: rows that share a block may be others every time; straight_through needs fixed sizes")
     making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
@@ -73,12 +77,15 @@ def straight_through(model, train: Sequence[Mapping], *, tokenizer, task: str | 
         with ready(objective, tokenizer):
             shadows, factorized = _shadowed(making)
             order = in_order(data, steps * batch_size, seed)
-            state, moments = train_phase(
-                objective, order, tokenizer,
-                Phase(learning, learning_rate, steps, schedule="constant_with_warmup", what="learning the factors"),
-                states=_folder(states, "learning"), rates={NAME: shadow_rate},
-                callbacks=[Learning(shadows, every=every, steps=learning, fade=round(fade * steps), pull=pull)], **settings)
-            shadows.remove()
+            try:
+                state, moments = train_phase(
+                    objective, order, tokenizer,
+                    Phase(learning, learning_rate, steps, schedule="constant_with_warmup", what="learning the factors"),
+                    states=_folder(states, "learning"), rates={NAME: shadow_rate},
+                    callbacks=[Learning(shadows, every=every, steps=learning, fade=round(fade * steps), pull=pull)],
+                    **settings)
+            finally:
+                shadows.remove()
             objective.zero_grad()
             history, resumed_from = state.log_history, state.resumed_from
             if learning < steps:
@@ -124,6 +131,8 @@ def _shadowed(making: Making):
     del modules  # the dense weights are freed on the way
     report = factorize(model, planned, stats)
     layers = {layer.name: model.get_submodule(layer.name) for layer in report.layers if layer.kept}
+    if not layers:
+        raise ArgumentError(f"no layer was factorized; {report.layers[0].name}: {report.layers[0].reason}")
     users = Counter(id(parameter) for layer in layers.values() for parameter in layer.parameters())
     for name, layer in layers.items():
         if any(users[id(parameter)] > 1 for parameter in layer.parameters()):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, DtypeError, LowfatError, ShapeError
+from ..errors import ArgumentError, DeviceError, DtypeError, LowfatError, ShapeError
 from .dictionary import Dictionary
 from .low_rank import LowRank
 from .monarch import Monarch
@@ -61,12 +61,16 @@ class Sum(Structure):
                 if getattr(part, name) != getattr(parts[0], name):
                     raise ShapeError(f"part {i} has {name} {getattr(part, name)}, part 0 has {getattr(parts[0], name)}")
             found, first = next(part.parameters()), next(parts[0].parameters())
-            if (found.dtype, found.device) != (first.dtype, first.device):
-                raise DtypeError(f"part {i} has {found.dtype} on {found.device}, part 0 has {first.dtype} on {first.device}")
+            if found.dtype != first.dtype:
+                raise DtypeError(f"part {i} has {found.dtype}, part 0 has {first.dtype}")
+            if found.device != first.device:
+                raise DeviceError(f"part {i} is on {found.device}, part 0 is on {first.device}")
         if bias is not None and bias.shape != (parts[0].out_features,):
             raise ShapeError(f"bias is {list(bias.shape)}, must be [{parts[0].out_features}]")
         if bias is not None and bias.dtype != first.dtype:
             raise DtypeError(f"bias has {bias.dtype}, the parts have {first.dtype}")
+        if bias is not None and bias.device != first.device:
+            raise DeviceError(f"bias is on {bias.device}, the parts are on {first.device}")
         layer = cls(parts[0].in_features, parts[0].out_features, [_described(part) for part in parts], bias is not None,
                     device="meta")
         layer.parts = nn.ModuleList(parts)
