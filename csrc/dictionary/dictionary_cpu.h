@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "host/op_table.h"
+#include "cpu/config.h"
 
 namespace dictionary {
 
-enum class CpuPath { empty, decode, library };
+using CpuPath = cpu::Path;
 
 struct CpuConfig {
   CpuPath path = CpuPath::library;

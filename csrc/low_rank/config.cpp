@@ -2,14 +2,12 @@
 // machine code for; with no torch in sight.
 #include "low_rank/low_rank.h"
 
-#include "cpu/product.h"
+#include "cpu/config.h"
 #include "low_rank/backward.h"
 
 namespace low_rank {
 namespace {
 
-constexpr int64_t kTaskBytes = 256 << 10;    // of weights: below, handing a task to a thread costs more than it saves
-constexpr int64_t kThreadedBytes = 1 << 20;  // of both factors: below, one thread is done before others have woken up
 constexpr int64_t kRowTile = 4;
 static_assert(kDecodeRows <= cpu::kMostTokens);
 
@@ -22,13 +20,9 @@ Config cpu_config(const Problem& p) {
   config.path = Path::decode;
   config.row_tile = kRowTile;
   const int64_t bytes = element_bytes(p.dtype);
-  if (p.r * (p.k + p.n) * bytes >= kThreadedBytes) {
-    const auto grain = [&](int64_t depth) {
-      const int64_t tile_bytes = kRowTile * depth * bytes;
-      return (kTaskBytes + tile_bytes - 1) / tile_bytes;
-    };
-    config.first_grain = grain(p.k > 0 ? p.k : 1);
-    config.second_grain = grain(p.r);
+  if (p.r * (p.k + p.n) * bytes >= cpu::kThreadedBytes) {
+    config.first_grain = cpu::grain_of(kRowTile * std::max<int64_t>(1, p.k) * bytes);
+    config.second_grain = cpu::grain_of(kRowTile * p.r * bytes);
   }
   return config;
 }

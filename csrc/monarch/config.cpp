@@ -1,18 +1,13 @@
 // How monarch chooses between its own kernel and the library: a pure function of the problem, with no torch in sight.
 #include <algorithm>
 
-#include "cpu/product.h"
 #include "monarch/monarch_cpu.h"
 #include "monarch/monarch_cuda.h"
 
 namespace monarch {
 namespace {
 
-constexpr int64_t kTaskBytes = 256 << 10;    // of weights: below, handing a task to a thread costs more than it saves
-constexpr int64_t kThreadedBytes = 1 << 20;  // of both factors: below, one thread is done before others have woken up
-constexpr int64_t kGroupBytes = 32 << 10;    // of products that wait: they stay in the L1 cache
-
-int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
+constexpr int64_t kGroupBytes = 32 << 10;  // of products that wait: they stay in the L1 cache
 
 // As many blocks as wait together; in eights, since they move in squares.
 int64_t group_of(int64_t blocks, int64_t bytes) {
@@ -24,13 +19,13 @@ CpuConfig decode_config(const Problem& p) {
   CpuConfig config;
   config.path = CpuPath::decode;
   const int64_t bytes = p.dtype == Dtype::float32 ? 4 : 2;
-  const int64_t first_rows = p.b_out * p.r, first_bytes = first_rows * parts_of(p.k, p.b_in) * bytes;      // of a block
-  const int64_t second_rows = parts_of(p.n, p.b_out), second_bytes = second_rows * p.b_in * p.r * bytes;
+  const int64_t first_rows = p.b_out * p.r, first_bytes = first_rows * cpu::parts_of(p.k, p.b_in) * bytes;  // of a block
+  const int64_t second_rows = cpu::parts_of(p.n, p.b_out), second_bytes = second_rows * p.b_in * p.r * bytes;
   config.first_group = group_of(p.b_in, p.m * first_rows * bytes);
   config.second_group = group_of(p.b_out, p.m * second_rows * bytes);
-  if (p.b_in * first_bytes + p.b_out * second_bytes >= kThreadedBytes) {
-    config.first_grain = parts_of(kTaskBytes, std::max<int64_t>(1, first_bytes));
-    config.second_grain = parts_of(kTaskBytes, std::max<int64_t>(1, second_bytes));
+  if (p.b_in * first_bytes + p.b_out * second_bytes >= cpu::kThreadedBytes) {
+    config.first_grain = cpu::grain_of(first_bytes);
+    config.second_grain = cpu::grain_of(second_bytes);
   }
   return config;
 }
@@ -54,12 +49,8 @@ const RegisterOp registered({"monarch", compiled_cpu_levels(), compiled_cuda_arc
 
 CpuConfig choose_cpu_config(const Problem& p) {
   CpuConfig config;
-  if (p.m == 0) {
-    config.path = CpuPath::empty;
-    return config;
-  }
-  const bool has_kernel = p.dtype == Dtype::float32 || p.dtype == Dtype::bfloat16;
-  return has_kernel && p.m <= cpu::kMostTokens ? decode_config(p) : config;
+  config.path = cpu::path_of(p);
+  return config.path == CpuPath::decode ? decode_config(p) : config;
 }
 
 }  // namespace monarch

@@ -4,11 +4,11 @@
 
 #include <cstdint>
 
-#include "host/op_table.h"
+#include "cpu/config.h"
 
 namespace monarch {
 
-enum class CpuPath { empty, decode, library };
+using CpuPath = cpu::Path;
 
 struct CpuConfig {
   CpuPath path = CpuPath::library;
