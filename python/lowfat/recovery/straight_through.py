@@ -4,7 +4,6 @@ every few steps (the straight-through factorizer of DSFormer, 2312.13211; for N:
 The papers leave the schedule open; ours: methods of any structure, the dense model fades out, factors learn in between."""
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -133,10 +132,6 @@ def _shadowed(making: Making):
     layers = {layer.name: model.get_submodule(layer.name) for layer in report.layers if layer.kept}
     if not layers:
         raise ArgumentError(f"no layer was factorized; {report.layers[0].name}: {report.layers[0].reason}")
-    users = Counter(id(parameter) for layer in layers.values() for parameter in layer.parameters())
-    for name, layer in layers.items():
-        if any(users[id(parameter)] > 1 for parameter in layer.parameters()):
-            raise ArgumentError(f"{name} shares a factor with another layer; straight_through needs factors of its own")
 
     def again(name: str, layer: Structure, weight: Tensor) -> Structure:
         choice = planned[name]
