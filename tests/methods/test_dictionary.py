@@ -387,3 +387,10 @@ def test_a_model_keeps_the_ratio_and_runs(name, policy, tiny_llama, tmp_path):
     expected = tiny_llama(ids).logits
     lowfat.save(tiny_llama, tmp_path / "half")
     assert torch.equal(lowfat.load(tmp_path / "half")(ids).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["rocket", "compot"])
+def test_a_density_beside_a_pattern_is_refused(method):
+    """The pattern decides how many non-zeros there are: a density would not be read."""
+    with pytest.raises(ArgumentError, match="density 0.1 and pattern 2:4: needs one of them"):
+        METHODS[method].size(64, 64, density=0.1, pattern="2:4")

@@ -84,6 +84,9 @@ def unit_of(k: int, n: int, density: float = 0.5, pattern: str | None = None, de
 
 
 def size(k: int, n: int, **arguments) -> tuple[float, int]:
+    """Of what was asked for: ArgumentError for a density beside a pattern, which decides the non-zeros."""
+    if "density" in arguments and arguments.get("pattern") is not None:
+        raise ArgumentError(f"density {arguments['density']} and pattern {arguments['pattern']}: needs one of them")
     return unit_of(k, n, **arguments), min(k, n)
 
 
