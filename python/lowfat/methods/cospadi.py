@@ -17,10 +17,11 @@ from . import dictionary
 if TYPE_CHECKING:
     from ..stats import Stats
 
-_STEPS = 30          # at most
+_STEPS = 12          # at most
+_SWEEPS = 3          # over the atoms for one coding, which costs more than they do
 _GAIN = 1e-3         # relative; it ends where a step brings less
-_POWER = 8           # iterations towards an atom
-_ROUNDS = 32         # of OMP: with more than so many non-zeros several atoms are picked at a time
+_POWER = 2           # iterations towards an atom, from the one before
+_ROUNDS = 16         # of OMP: with more than so many non-zeros several atoms are picked at a time
 _NUMBERS = 1 << 22   # of the Cholesky factors of a part of the rows
 _FEW, _SWAPS = 8, 8  # non-zeros with which atoms are exchanged; exchanges in a row that do not help
 _FITTED = 1e-4       # of a row's length: where no row is further off, no atom is missing
@@ -99,7 +100,8 @@ def _descended(z: Tensor, codes: Tensor, atoms: Tensor, keep: Tensor, steps: int
     lost = dictionary.lost(z, codes, atoms)
     for _ in range(steps):
         codes, keep = improved(z, codes, atoms, keep)
-        codes, atoms = renewed(z, codes, atoms, keep)
+        for _ in range(_SWEEPS):
+            codes, atoms = renewed(z, codes, atoms, keep)
         before, lost = lost, dictionary.lost(z, codes, atoms)
         if not lost < before * (1 - _GAIN):
             break
@@ -124,7 +126,7 @@ def _pursued(gram: Tensor, products: Tensor, nonzeros: int) -> tuple[Tensor, Ten
     """coded() of some rows.   products [n, a]
 
     M, the inverse of the Cholesky factor of the picked atoms' products, grows by `step` rows a round: with
-    V = M_old G_on and T T^T = G_nn - V^T V, its new rows are T^-1 [-V^T M_old, I]."""
+    V = M_old G_on and T T^T = G_nn - V^T V, its new rows are R = T^-1 [-V^T M_old, I]; they add R^T R p to the codes."""
     n, a = products.shape
     step = -(-nonzeros // _ROUNDS)
     inverse = products.new_zeros(n, nonzeros, nonzeros)
@@ -141,31 +143,32 @@ def _pursued(gram: Tensor, products: Tensor, nonzeros: int) -> tuple[Tensor, Ten
         lower, _ = torch.linalg.cholesky_ex(rest)
         inverse[:, at, :t] = -torch.linalg.solve_triangular(lower, v.mT @ inverse[:, :t, :t], upper=False)
         inverse[:, at, at] = torch.linalg.solve_triangular(lower, one[:u - t, :u - t].expand_as(lower), upper=False)
-        part = inverse[:, :u, :u]
-        values = part.mT @ (part @ products.gather(1, picked[:, :u])[:, :, None])
-        codes = torch.zeros_like(codes).scatter_(1, picked[:, :u], values[:, :, 0])
+        rows = inverse[:, at, :u]
+        values = rows.mT @ (rows @ products.gather(1, picked[:, :u])[:, :, None])
+        codes = codes.scatter_add(1, picked[:, :u], values[:, :, 0])
     return codes, keep
 
 
 def renewed(z: Tensor, codes: Tensor, atoms: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """(codes, atoms) after each atom in turn has been fitted, with its coefficients, to what the others leave."""
-    codes, atoms = codes.clone(), atoms.clone()
+    columns, atoms, used = codes.mT.contiguous(), atoms.clone(), keep.mT.to(z.dtype).contiguous()
     left = z - codes @ atoms
     worst = iter(left.square().sum(1).argsort(descending=True).tolist())
-    for i, users in enumerate(keep.mT):
-        rows = users.nonzero()[:, 0]
-        if not len(rows):
+    for i, users in enumerate(used):
+        if not users.any():
             row = z[next(worst)]
             atoms[i] = row / row.norm().clamp_min(torch.finfo(z.dtype).tiny)
             continue
-        own = left[rows] + codes[rows, i, None] * atoms[i]
-        atom = atoms[i]
+        before, old = columns[i].clone(), atoms[i].clone()
+        values, atom = before, old
         for _ in range(_POWER):
-            other = own.mT @ (own @ atom)
+            values = torch.addmv(before * (old @ atom), left, atom) * users
+            other = torch.addmv(old * (before @ values), left.mT, values)
             length = other.norm()
             if not length > 0:
                 break
             atom = other / length
-        values = own @ atom
-        atoms[i], codes[rows, i], left[rows] = atom, values, own - values[:, None] * atom
-    return codes, atoms
+        values = torch.addmv(before * (old @ atom), left, atom) * users
+        columns[i], atoms[i] = values, atom
+        left.addmm_(torch.stack([before, -values], dim=1), torch.stack([old, atom]))
+    return columns.mT.contiguous(), atoms
