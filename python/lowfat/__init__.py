@@ -7,12 +7,14 @@ from .comparison import compare
 from .evaluate import evaluate
 from .factorize import Report, factorize
 from .ops import low_rank
+from .optimizers import PerLayer, parameter_groups
 from .plan import Choice, Plan, plan
 from .recovery import finetune, staged, straight_through
+from .replace import Replaced, replace
 from .stats import Stats
 from .structures import Dictionary, LowRank, LowRankGroup, Monarch, Sparse24, Sum
 
-__all__ = ["Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Plan", "Report",
-           "Sparse24", "Stats", "Sum", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize",
-           "finetune", "group_blocks", "kernels", "load", "low_rank", "plan", "save", "staged", "straight_through",
-           "ungroup_blocks"]
+__all__ = ["Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "PerLayer", "Plan",
+           "Replaced", "Report", "Sparse24", "Stats", "Sum", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize",
+           "finetune", "group_blocks", "kernels", "load", "low_rank", "parameter_groups", "plan", "replace", "save", 
+           "staged", "straight_through", "ungroup_blocks"]

@@ -86,7 +86,7 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
     else:
         with opened(resume, _fingerprint(modules, plan, stats)) as folder:
             report = _factorize(model, modules, plan, stats, folder, on_progress)
-    if _is_hugging_face(model):
+    if is_hugging_face(model):
         from .checkpoint import attach
 
         attach(model)
@@ -94,7 +94,7 @@ def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, 
     return report
 
 
-def _is_hugging_face(model: nn.Module) -> bool:
+def is_hugging_face(model: nn.Module) -> bool:
     """Others are factorized too, and saved by their owner; where transformers was never imported there can be none."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
@@ -110,7 +110,7 @@ def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None) -> dict[str
     """The module of every name in the plan, after all that can be refused without work."""
     if not plan:
         raise ArgumentError("plan: no layers")
-    if _is_hugging_face(model):
+    if is_hugging_face(model):
         from .checkpoint import check_model  # not above: checkpoint is for Hugging Face models, factorize for any
 
         check_model(model)
