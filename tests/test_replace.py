@@ -105,3 +105,26 @@ def test_layers_go_with_one_structure_for_all(tiny_llama):
     assert all(name.endswith("up_proj") for name in lowfat.replace(tiny_llama, LOW_RANK, layers=["*up_proj"]).layers)
     with pytest.raises(ArgumentError, match="by patterns says itself"):
         lowfat.replace(tiny_llama, {"*down_proj": LOW_RANK}, layers=["*down_proj"])
+
+
+@pytest.mark.parametrize("spec", [LOW_RANK, {"structure": "Monarch", "blocks": 2, "rank": 2}, {"structure": "Sparse24"},
+                                  {"structure": "Dictionary", "atoms": 16, "nonzeros": 4}], ids=lambda spec: spec["structure"])
+def test_gradients_under_checkpointing_and_autocast(tiny_llama, spec):
+    """Recomputed activations give the same bits; under autocast the layers compute in bf16 and their gradients are fp32."""
+    lowfat.replace(tiny_llama, spec)
+    tiny_llama.train()
+    tokens = torch.randint(0, 97, (2, 8))
+
+    def gradients(**context):
+        tiny_llama.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, **context):
+            loss = tiny_llama(tokens, labels=tokens).loss
+        loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in tiny_llama.named_parameters()}
+
+    plain, half = gradients(enabled=False), gradients()
+    tiny_llama.gradient_checkpointing_enable({"use_reentrant": False})
+    for context, expected in (({"enabled": False}, plain), ({}, half)):
+        for name, gradient in gradients(**context).items():
+            assert gradient.dtype == torch.float32 and torch.equal(gradient, expected[name]), name
+    assert any(not torch.equal(plain[name], half[name]) for name in plain)
