@@ -158,6 +158,25 @@ def test_layers_share_a_dictionary():
     assert torch.equal(first.d.grad, alone[0] + alone[1])
 
 
+@pytest.mark.parametrize("sizes", [
+    {"atoms": 9, "nonzeros": 3}, {"atoms": 9, "nonzeros": 1}, {"atoms": 6, "nonzeros": 3, "blocks": (1, 2)},
+    {"atoms": 10, "nonzeros": 6, "dense_atoms": 2, "pattern": (1, 2), "format": "bitmap"}])
+@torch.no_grad()
+def test_split_layers_are_the_rows_of_the_whole(sizes):
+    whole, bias = Dictionary.from_dense(torch.randn(20, 16), torch.zeros(20), **sizes), torch.randn(20)
+    for parameter in whole.parameters():
+        parameter.mul_(8).round_()  # whole numbers: products are exact, in whatever order
+    first, second = whole.split([8, 12], [bias[:8], None])
+    assert torch.equal(torch.cat([first.dense(), second.dense()]), whole.dense())
+    assert first.d is second.d and first.d is not whole.d and torch.equal(first.bias, bias[:8]) and second.bias is None
+    assert first.shape() == whole.shape() | {"out_features": 8}
+
+
+def test_dictionaries_of_several_blocks_of_outputs_are_not_split():
+    with pytest.raises(ShapeError, match="one block of outputs, found 2"):
+        Dictionary(16, 20, atoms=4, nonzeros=2, blocks=(2, 1)).split([8, 12], [None, None])
+
+
 # --- from a dense weight ---
 
 @pytest.mark.parametrize("blocks", [(1, 1), (2, 3), (3, 2)])

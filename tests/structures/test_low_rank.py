@@ -117,6 +117,17 @@ def test_state_dict_round_trip_through_safetensors(tmp_path):
         assert same_bits(layer, other)
 
 
+@torch.no_grad()
+def test_split_layers_are_the_rows_of_the_whole():
+    bias, whole = torch.randn(20), LowRank(16, 20, rank=7)
+    for parameter in whole.parameters():
+        parameter.mul_(64).round_()  # whole numbers: products are exact, in whatever order
+    first, second = whole.split([12, 8], [None, bias[:8]])
+    assert torch.equal(torch.cat([first.dense(), second.dense()]), whole.dense())
+    assert first.v is second.v and first.v is not whole.v and first.bias is None and torch.equal(second.bias, bias[:8])
+    assert second.shape() == whole.shape() | {"out_features": 8}
+
+
 def test_strict_state_dict_names_what_is_missing():
     layer = LowRank(7, 5, 3)
     with pytest.raises(RuntimeError, match='Missing key.*"u"'):

@@ -3,10 +3,10 @@ from .dictionary import Dictionary
 from .low_rank import LowRank, LowRankGroup
 from .monarch import Monarch
 from .sparse24 import Sparse24
-from .structure import Structure, structures
+from .structure import Structure, share, structures
 from .sum import PARTS, Sum
 
 STRUCTURES = PARTS | {"Sum": Sum}
 
 __all__ = ["STRUCTURES", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Sparse24", "Structure", "Sum",
-           "structures"]
+           "share", "structures"]

@@ -3,6 +3,7 @@
 d [P, Q, a, p], p = ceil(in / Q)   values [out, Q s], of each block in ascending order of the atoms; and which atoms those
 are: mask [out, Q ceil(a / 32)] int32, a bitmap for each block, or positions [out, Q s] int16 (see ops/dictionary.py). One block
 is the form of CoSpaDi (2509.22075), more that of DSFormer (2312.13211). Layers may share one dictionary: `other.d = layer.d`."""
+from collections.abc import Sequence
 from math import ceil, sqrt
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..ops.bitmap import pack, places, words
 from ..ops.dictionary import MAX_POSITIONS, check_support, coefficients, dictionary, kept_atoms, split_rows
 from .monarch import from_blocks, to_blocks
 from .sparse24 import largest, largest_of_groups, turning
-from .structure import Structure, check_counts, check_dense
+from .structure import Structure, check_counts, check_dense, share
 
 FORMATS = {"bitmap": torch.int32, "positions": torch.int16}
 
@@ -29,6 +30,8 @@ class Dictionary(Structure):
     format: of the mask, "bitmap" or "positions"; by default the smaller one.
     A new layer's rows keep atoms in turn, so that every atom is used. Raises ArgumentError or ShapeError for sizes that do
     not go together."""
+
+    first = "d"
 
     def __init__(self, in_features: int, out_features: int, atoms: int, nonzeros: int, blocks: tuple[int, int] = (1, 1),
                  dense_atoms: int = 0, pattern: tuple[int, int] | None = None, format: str | None = None, bias: bool = True,
@@ -156,6 +159,15 @@ class Dictionary(Structure):
                 "nonzeros": self.nonzeros, "blocks": list(self.blocks), "dense_atoms": self.dense_atoms,
                 "pattern": None if self.pattern is None else list(self.pattern), "format": self.format,
                 "bias": self.bias is not None}
+
+    def split(self, rows: Sequence[int], biases: Sequence[Tensor | None]) -> list["Dictionary"]:
+        """Layers of so many of this one's outputs each, in their order, that hold its d as one parameter. ShapeError for
+        several blocks of outputs, whose dictionaries differ."""
+        if self.blocks[0] > 1:
+            raise ShapeError(f"layers can share the dictionaries of one block of outputs, found {self.blocks[0]}")
+        parts = zip(self.values.split(list(rows)), self.support.split(list(rows)), biases)
+        return share([Dictionary.of(self.d, values, support, bias, in_features=self.in_features,
+                                    dense_atoms=self.dense_atoms, pattern=self.pattern) for values, support, bias in parts])
 
     def check_indices(self) -> None:
         check_support(self.support, self.blocks[1], self.atoms, self.nonzeros)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from ..linalg import truncated_svd
 from ..ops import low_rank, low_rank_group
-from .structure import Structure, check_dense
+from .structure import Structure, check_dense, share
 
 
 class LowRank(Structure):
     """y = (x v^T) u^T + bias.   x [..., in_features], y [..., out_features]
 
     Raises ArgumentError or ShapeError for sizes that are no whole numbers, or a rank outside 1..min(in, out)."""
+
+    first = "v"
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):
@@ -64,6 +66,10 @@ class LowRank(Structure):
     def shape(self) -> dict[str, Any]:
         return {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank,
                 "bias": self.bias is not None}
+
+    def split(self, rows: Sequence[int], biases: Sequence[Tensor | None]) -> list["LowRank"]:
+        """Layers of so many of this one's outputs each, in their order, that hold its v as one parameter."""
+        return share([LowRank.of(self.v, u, bias) for u, bias in zip(self.u.split(list(rows)), biases)])
 
     def macs(self) -> int:
         return self.rank * (self.in_features + self.out_features)

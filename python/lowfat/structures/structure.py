@@ -1,5 +1,5 @@
 """What every factorized linear layer has in common with the others, and with `nn.Linear`."""
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ class Structure(nn.Module):
 
     in_features: int
     out_features: int
+    first: str = ""  # the factor that reads the input, where layers of as many inputs can share one
 
     @classmethod
     def from_dense(cls, weight: Tensor, bias: Tensor | None = None, **sizes: int) -> "Structure":
@@ -28,6 +29,10 @@ class Structure(nn.Module):
         """The constructor's arguments as plain JSON: `type(layer)(**layer.shape())` rebuilds the layer, empty."""
         raise NotImplementedError
 
+    def split(self, rows: Sequence[int], biases: Sequence[Tensor | None]) -> list["Structure"]:
+        """Layers of so many of this one's outputs each, in their order, that hold its first factor as one parameter."""
+        raise NotImplementedError
+
     def check_indices(self) -> None:
         """IndexRangeError where a buffer holds indices that the layer cannot use: asked of every layer that comes from a
         file."""
@@ -38,6 +43,14 @@ class Structure(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.shape().items())
+
+
+def share(layers: Sequence[Structure]) -> list[Structure]:
+    """The layers, the first factor of the first one now that of them all."""
+    layers = list(layers)
+    for layer in layers[1:]:
+        setattr(layer, layer.first, getattr(layers[0], layer.first))
+    return layers
 
 
 def check_dense(weight: Tensor) -> None:
