@@ -27,7 +27,7 @@ class Spectrum:
     out_features: int
     squares: Tensor  # [min(n, k)] fp64, squared singular values of the weight, largest first: its energy
     rank: int | None = None  # None: the layer is dense
-    parameters: int = 0  # without the bias
+    parameters: int = 0  # without the bias, nor a factor that an earlier layer shares
     error: float | None = None  # ||W - What||_F / ||W||_F, W the weight of the base model
 
     @property
@@ -74,9 +74,9 @@ def spectra(model: nn.Module, *, base: nn.Module | None = None, layers: Sequence
             if name not in originals or sizes(originals[name]) != sizes(module):
                 k, n = sizes(module)
                 raise ArgumentError(f"base: it has no layer {name} of {k} inputs and {n} outputs")
-    found = []
+    found, counted = [], set()
     for number, (name, module) in enumerate(chosen.items(), 1):
-        found.append(_one(name, module, originals.get(name)))
+        found.append(_one(name, module, originals.get(name), counted))
         if on_progress:
             on_progress(number, len(chosen), name)
     return found
@@ -94,7 +94,7 @@ def _chosen(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Mo
     return {name: module for name, module in model.named_modules() if name in factorized or name in dense}
 
 
-def _one(name: str, module: nn.Module, original: nn.Module | None) -> Spectrum:
+def _one(name: str, module: nn.Module, original: nn.Module | None, counted: set[nn.Parameter]) -> Spectrum:
     weight = _weight(module)
     try:
         require_finite(weight, "the weight")
@@ -104,7 +104,9 @@ def _one(name: str, module: nn.Module, original: nn.Module | None) -> Spectrum:
     found = Spectrum(name, k, n, spectrum(lambda: gram_of(weight if n >= k else weight.mT)), parameters=k * n)
     if isinstance(module, Structure):
         found.rank = _rank_of(module.shape())
-        found.parameters = sum(parameter.numel() for key, parameter in module.named_parameters() if key != "bias")
+        own = {parameter for key, parameter in module.named_parameters() if key != "bias"} - counted
+        found.parameters = sum(parameter.numel() for parameter in own)
+        counted |= own
     if original is not None:
         dense = _weight(original).to(weight)
         found.error = float(torch.linalg.matrix_norm(dense - weight) / torch.linalg.matrix_norm(dense))
