@@ -45,3 +45,18 @@ def inputs(k: int) -> dict[str, torch.Tensor]:
     return {"normal": normal, "fewer tokens than features": normal[:max(1, k // 2)], "one token": normal[:1],
             "dead channels": dead, "massive channel": massive, "constant tokens": normal[:1].expand(40, k), "nothing but zeros": torch.zeros(5, k),
             "tiny": normal * 1e-15, "huge": normal * 1e15}
+
+
+def planted(n, q, a, s, seed):
+    """Rows of s of a incoherent atoms each, pushed apart until no two have a cosine much above 0.2, and these atoms.
+
+    [n, q], [a, q], fp64"""
+    generator = torch.Generator().manual_seed(seed)
+    atoms = torch.randn(a, q, generator=generator, dtype=torch.float64)
+    for _ in range(200):
+        atoms /= atoms.norm(dim=1, keepdim=True)
+        products = (atoms @ atoms.mT).fill_diagonal_(0)
+        atoms = atoms - 0.3 * (products * (products.abs() > 0.2)) @ atoms
+    atoms /= atoms.norm(dim=1, keepdim=True)
+    keep = torch.rand(n, a, generator=generator).argsort(1) < s
+    return torch.randn(n, a, generator=generator, dtype=torch.float64) * keep @ atoms, atoms

@@ -279,24 +279,11 @@ def test_where_spectra_fall_fast_dense_atoms_help_two_of_four():
 
 # --- K-SVD ---
 
-def planted(n, q, a, s, seed):
-    """Rows of s of a incoherent atoms each: pushed apart until no two have a cosine much above 0.2."""
-    generator = torch.Generator().manual_seed(seed)
-    atoms = torch.randn(a, q, generator=generator, dtype=torch.float64)
-    for _ in range(200):
-        atoms /= atoms.norm(dim=1, keepdim=True)
-        products = (atoms @ atoms.mT).fill_diagonal_(0)
-        atoms = atoms - 0.3 * (products * (products.abs() > 0.2)) @ atoms
-    atoms /= atoms.norm(dim=1, keepdim=True)
-    keep = torch.rand(n, a, generator=generator).argsort(1) < s
-    return torch.randn(n, a, generator=generator, dtype=torch.float64) * keep @ atoms, atoms
-
-
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("s", [1, 2, 3])
 @pytest.mark.timeout(120)
 def test_a_planted_dictionary_is_found_again(s, seed):
-    weight, _ = planted(200, 20, 12, s, seed)
+    weight, _ = matrices.planted(200, 20, 12, s, seed)
     target = dictionary.plain_target(weight)
     codes, atoms, keep = cospadi.solve(target, dictionary.Support(12, s))
     assert (target.z - codes @ atoms).norm() < 1e-8 * weight.norm()
