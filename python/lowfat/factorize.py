@@ -2,7 +2,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ from .manifest import digest
 from .mapped import MappedFiles
 from .methods import METHODS, check_arguments
 from .progress import opened, tensors_digest
+from .sharing import check_group, groups_of, joined, size_of
+from .stats import Stats, merged
 from .strict_json import read_json
-from .structures import STRUCTURES, Structure
+from .structures import STRUCTURES, Structure, share
 from .tensor_file import read_tensors
 
 _BLOCK = 1 << 22  # elements of the weight whose residual is computed at a time: 16 MiB in fp32
@@ -35,13 +37,14 @@ class LayerReport:
     rank: int | None = None  # of the plan: of a dictionary its atoms, of N:M how many of each group stay
     error: float | None = None  # ||W - What||_F / ||W||_F
     output_error: float | None = None  # ||(W - What) X^T||_F / ||W X^T||_F over the calibration inputs X
-    parameters: int = 0  # without the bias
+    parameters: int = 0  # without the bias, nor a factor that another layer counts
     dense_parameters: int = 0
     index_bytes: int = 0  # stored beside the parameters
     kept: bool = False  # whether the factors took the place of the weight; reason says why not
     reason: str = ""
     events: list[str] = field(default_factory=list)  # what solvers had to try
     seconds: float = 0.0
+    shares: str = ""  # the layer whose first factor is this one's too, and is counted there
 
 
 @dataclass
@@ -73,12 +76,13 @@ class Report:
 @torch.no_grad()
 def factorize(model: nn.Module, plan: Mapping, stats: Mapping | None = None, *, resume: str | Path | None = None,
               on_progress=None) -> Report:
-    """Factorizes the layers of the plan in place; the dense weights are freed on the way.
+    """Factorizes the layers of the plan in place; the dense weights are freed on the way. Layers of a group become factors
+    together, with the sum of what they saw, and hold the first factor as one parameter.
 
     resume: a folder where finished layers are kept; the same call after a kill continues there and ends with the same bits.
     Remove it when the model is saved. on_progress(done, total, layer name).
     Raises before any layer changes: ArgumentError or ShapeError for a plan that does not fit the model or the stats,
-    NumericsError for a weight with NaN or infinity."""
+    DtypeError or DeviceError for layers of a group that differ there, NumericsError for a weight with NaN or infinity."""
     modules = _checked(model, plan, stats)
     others = left_alone(model, plan)
     if resume is None:
@@ -122,8 +126,10 @@ def _checked(model: nn.Module, plan: Mapping, stats: Mapping | None) -> dict[str
         if found != planned:
             raise ShapeError(f"plan: {name} has {planned[0]} inputs and {planned[1]} outputs; in the model they are "
                              f"{found[0]} and {found[1]}")
-        if choice.method is not None:
-            _check_choice(name, choice, stats)
+    for group in _groups(plan):
+        if plan[group[0]].method is not None:
+            _check_choices(group, plan, stats)
+            check_group({name: eligible[name] for name in group}, plan[group[0]].method)
     _check_fisher(plan, stats)
     modules = {name: module for name, module in eligible.items() if name in plan}  # in the order of the model
     check_weights(modules)
@@ -150,18 +156,26 @@ def _why_not(model: nn.Module, name: str) -> str:
     return f"{name} cannot be factorized: {reason or f'it is a {type(module).__name__}'}"
 
 
-def _check_choice(name: str, choice, stats: Mapping | None) -> None:
-    arguments = dict(choice.arguments)
-    rank = arguments.pop("rank", None)
+def _groups(plan: Mapping) -> list[tuple[str, ...]]:
     try:
-        needs = check_arguments(choice.method, arguments).needs
-        _, most = choice.size()
+        return groups_of(plan)
     except LowfatError as error:
-        raise type(error)(f"plan: {name}: {error}") from error
+        raise type(error)(f"plan: {error}") from error
+
+
+def _check_choices(names: Sequence[str], plan: Mapping, stats: Mapping | None) -> None:
+    """Of the layers of a group, or of one alone."""
+    choice = plan[names[0]]
+    rank = choice.arguments.get("rank")
+    try:
+        _, most = size_of([plan[name] for name in names])
+    except LowfatError as error:
+        raise type(error)(f"plan: {', '.join(names)}: {error}") from error
     if not isinstance(rank, int) or not 1 <= rank <= most:
-        raise ShapeError(f"plan: {name} has the rank {rank!r}; needs a whole number from 1 to {most}")
-    if needs and (stats is None or name not in stats):
-        raise ArgumentError(f"stats: {name} is missing; {choice.method} needs what calibrate(model, batches) returns")
+        raise ShapeError(f"plan: {', '.join(names)} has the rank {rank!r}; needs a whole number from 1 to {most}")
+    for name in names:
+        if _needs(choice) and (stats is None or name not in stats):
+            raise ArgumentError(f"stats: {name} is missing; {choice.method} needs what calibrate(model, batches) returns")
 
 
 def _check_fisher(plan: Mapping, stats: Mapping | None) -> None:
@@ -177,45 +191,89 @@ def _needs(choice) -> frozenset[str]:
 
 def _fingerprint(modules: Mapping[str, nn.Module], plan: Mapping, stats: Mapping | None) -> dict:
     tensors = ((name, parameter) for name, module in modules.items() for parameter in module.parameters())
-    return {"weights": tensors_digest(tensors), "plan": {name: asdict(choice) for name, choice in plan.items()},
+    return {"weights": tensors_digest(tensors), "plan": {name: choice.to_json() for name, choice in plan.items()},
             "stats": None if stats is None else stats.fingerprint(), "torch": torch.__version__}
 
 
 def _factorize(model, modules, plan, stats, folder, on_progress) -> Report:
-    reports, mapped = [], MappedFiles()
-    for index, name in enumerate(list(modules)):
-        module = modules.pop(name)  # the last reference but the model's own
-        done = folder and folder / f"layer-{index:05d}.json"
-        if done and done.exists():
-            layer, report = _read_layer(done, module.weight.device)
+    reports, mapped, numbers = {}, MappedFiles(), {name: number for number, name in enumerate(modules)}
+    for group in sorted(groups_of(plan), key=lambda group: numbers[group[0]]):
+        members = {name: modules.pop(name) for name in group}  # the last references but the model's own
+        files = [folder / f"layer-{numbers[name]:05d}.json" for name in group] if folder else []
+        if files and all(file.exists() for file in files):
+            made = [_read_layer(file, module.weight.device) for file, module in zip(files, members.values())]
         else:
-            layer, report = _one(name, module, plan[name], stats)
-            if done:
-                _write_layer(done, layer, report)
-                storage.stage(f"layer {index + 1}")
-        if layer is not None:
-            replace(model, name, layer.requires_grad_(module.weight.requires_grad))
+            made = _factorized(members, plan, stats)
+            for file, (layer, report) in zip(files, made):
+                _write_layer(file, layer, report)
+                storage.stage(f"layer {numbers[report.name] + 1}")
+        _put(model, members, [layer for layer, _ in made], mapped)
+        for _, report in made:
+            reports[report.name] = report
+            if on_progress:
+                on_progress(len(reports), len(plan), report.name)
+    return Report([reports[name] for name in numbers])
+
+
+def _put(model: nn.Module, members: Mapping[str, nn.Module], layers: Sequence[Structure | None],
+         mapped: MappedFiles) -> None:
+    """Layers in the places of the dense ones that they were made of; what they share learns where one of those does."""
+    learns = {name for name, module in members.items() if module.weight.requires_grad}
+    placed = {name: layer for name, layer in zip(members, layers) if layer is not None}
+    for name, layer in placed.items():
+        replace(model, name, layer.requires_grad_(name in learns))
+    if len(placed) > 1:
+        first, *_ = share(placed.values())
+        getattr(first, first.first).requires_grad_(not learns.isdisjoint(placed))
+    for module in members.values():
         mapped.release(dense_weight(module))
-        reports.append(report)
-        if on_progress:
-            on_progress(len(reports), len(plan), name)
-    return Report(reports)
 
 
-def _one(name: str, module: nn.Module, choice, stats: Mapping | None) -> tuple[Structure | None, LayerReport]:
-    """(the layer made of factors, None where it stays dense; the report)"""
-    started, weight = time.monotonic(), dense_weight(module)
+def _factorized(members: Mapping[str, nn.Module], plan: Mapping,
+                stats: Mapping | None) -> list[tuple[Structure | None, LayerReport]]:
+    """Of each layer of a group (the layer made of factors, None where it stays dense; the report)."""
+    started, names = time.monotonic(), list(members)
+    choice, weights = plan[names[0]], [dense_weight(module) for module in members.values()]
+    seen = [stats[name] if stats is not None and name in stats else None for name in names]
+    layers, events, made = [None] * len(names), [], []
+    if choice.method is not None:
+        biases = [module.bias for module in members.values()]
+        try:
+            layers, events = _solved(METHODS[choice.method].factorize, weights, biases, seen, choice.arguments)
+        except LowfatError as error:
+            raise type(error)(f"{', '.join(names)}: {error}") from error
+    owner = ""  # of what they share: the first that is kept
+    for name, weight, layer, its in zip(names, weights, layers, seen):
+        layer, report = _judged(name, plan[name], weight, layer, None if its is None else its.gram)
+        if report.kept and owner:
+            report.shares, report.parameters = owner, report.parameters - getattr(layer, layer.first).numel()
+        elif report.kept:
+            owner = name
+        report.events, events = events, []
+        report.seconds, started = time.monotonic() - started, time.monotonic()
+        made.append((layer, report))
+    return made
+
+
+def _solved(factorize: Callable, weights: Sequence[Tensor], biases: Sequence[Tensor | None], seen: Sequence[Stats | None],
+            arguments: dict) -> tuple[list[Structure], list[str]]:
+    """(layers, events) of what a method makes of one weight, or of several that share a factor."""
+    if len(weights) == 1:
+        layer, events = factorize(weights[0], biases[0], seen[0], **arguments)
+        return [layer], events
+    known = None if None in seen else merged(seen)
+    whole, events = factorize(joined(weights), None, known, **arguments)
+    return whole.split([len(weight) for weight in weights], biases), events
+
+
+def _judged(name: str, choice, weight: Tensor, layer: Structure | None,
+            gram: Tensor | None) -> tuple[Structure | None, LayerReport]:
+    """(the layer, None where it stays dense; the report)"""
     report = LayerReport(name, choice.method, parameters=weight.numel(), dense_parameters=weight.numel(),
                          reason=choice.reason)
-    if choice.method is None:
+    if layer is None:
         return None, report
-    method = METHODS[choice.method]
-    seen = stats[name] if stats is not None and name in stats else None
-    try:
-        layer, report.events = method.factorize(weight, module.bias, seen, **choice.arguments)
-    except LowfatError as error:
-        raise type(error)(f"{name}: {error}") from error
-    report.error, report.output_error = residuals(weight, layer, None if seen is None else seen.gram)
+    report.error, report.output_error = residuals(weight, layer, gram)
     deciding = report.output_error if "gram" in _needs(choice) and report.output_error is not None else report.error
     report.shape, report.rank = layer.shape(), choice.arguments["rank"]
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
@@ -226,7 +284,6 @@ def _one(name: str, module: nn.Module, choice, stats: Mapping | None) -> tuple[S
         report.kept, report.structure = True, type(layer).__name__
         report.parameters = sum(parameter.numel() for key, parameter in layer.named_parameters() if key != "bias")
         report.index_bytes = sum(buffer.nbytes for buffer in layer.buffers())
-    report.seconds = time.monotonic() - started
     return layer, report
 
 

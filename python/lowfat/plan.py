@@ -12,6 +12,8 @@ from .allocate import Ladder, allocated, knapsack, per_matrix, uniform_rank
 from .errors import ArgumentError, FormatError, LowfatError
 from .layers import dense_weight, factorizable, sizes
 from .methods import METHODS, Method, check_arguments
+from .sharing import grouped, groups_of, joined, size_of
+from .stats import merged
 from .storage import write_json
 from .strict_json import read_json
 
@@ -29,6 +31,7 @@ class Choice:
     out_features: int
     reason: str = ""
     dtype: str = "float32"
+    group: tuple[str, ...] = ()  # names of the layers that share the first factor, its own among them; alone, none
 
     @property
     def dense_parameters(self) -> int:
@@ -36,9 +39,16 @@ class Choice:
 
     @property
     def parameters(self) -> int:
+        """Of the layer by itself, a shared factor included."""
         if self.method is None:
             return self.dense_parameters
         return METHODS[self.method].stored(self.in_features, self.out_features, **self.arguments)[0]
+
+    @property
+    def shared_parameters(self) -> int:
+        """Those that the group has once: what is stored of a weight without rows."""
+        is_shared = self.group and self.method is not None
+        return METHODS[self.method].stored(self.in_features, 0, **self.arguments)[0] if is_shared else 0
 
     @property
     def index_bytes(self) -> int:
@@ -47,10 +57,9 @@ class Choice:
             return 0
         return METHODS[self.method].stored(self.in_features, self.out_features, **self.arguments)[1]
 
-    def size(self) -> tuple[float, int]:
-        """(parameters that one more rank costs, the largest rank) of the method with its arguments."""
-        others = {name: value for name, value in self.arguments.items() if name != "rank"}
-        return METHODS[self.method].size(self.in_features, self.out_features, **others)
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; of a layer alone without a group."""
+        return {name: value for name, value in asdict(self).items() if name != "group" or value}
 
 
 class Plan(dict[str, Choice]):
@@ -61,14 +70,16 @@ class Plan(dict[str, Choice]):
         self.ratio, self.policy = ratio, policy
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary for each layer, for tables: parameters and bytes of the weight, multiply-adds for one token."""
+        """One dictionary for each layer, for tables: parameters and bytes of the weight, multiply-adds for one token. A
+        factor that layers share is counted with the first of them."""
         rows = []
         for name, choice in self.items():
             itemsize = getattr(torch, choice.dtype).itemsize
+            parameters = choice.parameters - (0 if name in choice.group[:1] else choice.shared_parameters)
             rows.append({"layer": name, "method": choice.method, "rank": choice.arguments.get("rank"),
                          "in_features": choice.in_features, "out_features": choice.out_features,
-                         "dense_parameters": choice.dense_parameters, "parameters": choice.parameters,
-                         "dense_bytes": choice.dense_parameters * itemsize, "bytes": choice.parameters * itemsize,
+                         "dense_parameters": choice.dense_parameters, "parameters": parameters,
+                         "dense_bytes": choice.dense_parameters * itemsize, "bytes": parameters * itemsize,
                          "index_bytes": choice.index_bytes,
                          "dense_macs": choice.dense_parameters, "macs": choice.parameters, "reason": choice.reason})
         return rows
@@ -82,7 +93,7 @@ class Plan(dict[str, Choice]):
 
     def save(self, path: str | os.PathLike) -> None:
         write_json(path, {"format": FORMAT, "policy": self.policy, "ratio": self.ratio,
-                          "layers": {name: asdict(choice) for name, choice in self.items()}})
+                          "layers": {name: choice.to_json() for name, choice in self.items()}})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
@@ -92,13 +103,17 @@ class Plan(dict[str, Choice]):
 
 @torch.no_grad()
 def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matrix", stats: Mapping | None = None,
-         layers: Sequence[str] | None = None, arguments: dict[str, Any] | None = None) -> Plan:
+         layers: Sequence[str] | None = None, arguments: dict[str, Any] | None = None,
+         share: int | Sequence[Sequence[str]] | None = None) -> Plan:
     """A rank for each layer so that the layers together keep at most `ratio` of their parameters.
 
     per_matrix: the same share everywhere. uniform_rank: the same rank everywhere. allocated: the least sum of what the
     method loses in each layer, from its loss curves; knapsack: the same for curves of any form, where allocated follows
     their convex hulls. layers: name patterns; arguments: of the method. Raises ArgumentError before any work for an unknown
-    name, a ratio outside (0, 1) or too small, and statistics that the method needs."""
+    name, a ratio outside (0, 1) or too small, and statistics that the method needs.
+
+    share: layers whose first factor (a dictionary, the v of low rank) is one, as their weights make one problem: a number of
+    neighbouring blocks, whose layers of one name share; or lists of names of layers with as many inputs. It counts once."""
     arguments = dict(arguments or {})
     checked = check_arguments(method, arguments)
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not isfinite(ratio) or not 0 < ratio < 1:
@@ -108,16 +123,18 @@ def plan(model: nn.Module, *, method: str, ratio: float, policy: str = "per_matr
     chosen = factorizable(model, layers)
     if checked.needs:
         _check_stats(checked, chosen, stats, arguments)
-    ladders = ladders_of(checked, chosen, arguments)
+    groups = grouped(chosen, share, method)
+    ladders = ladders_of(checked, groups, arguments)
     budget = budget_of(ladders, ratio)
     if policy in ("allocated", "knapsack"):
         solve = {"allocated": allocated, "knapsack": knapsack}[policy]
-        picks = solve(ladders, budget, [_losses(checked, module, stats, name, ladder, arguments)
-                                        for (name, module), ladder in zip(chosen.items(), ladders)])
+        picks = solve(ladders, budget, [_losses(checked, group, stats, ladder, arguments)
+                                        for group, ladder in zip(groups, ladders)])
     else:
         picks = {"per_matrix": per_matrix, "uniform_rank": uniform_rank}[policy](ladders, budget)
-    return Plan({name: _choice(method, arguments, ladder, pick, dense_weight(module))
-                 for (name, module), ladder, pick in zip(chosen.items(), ladders, picks)}, ratio=ratio, policy=policy)
+    choices = {name: _choice(method, arguments, ladder, pick, module, tuple(group))
+               for group, ladder, pick in zip(groups, ladders, picks) for name, module in group.items()}
+    return Plan({name: choices[name] for name in chosen}, ratio=ratio, policy=policy)
 
 
 def budget_of(ladders: Sequence[Ladder], ratio: float) -> int:
@@ -125,17 +142,17 @@ def budget_of(ladders: Sequence[Ladder], ratio: float) -> int:
     return int(ratio * sum(ladder.costs[-1] for ladder in ladders))
 
 
-def ladders_of(method: Method, chosen: Mapping[str, nn.Module], arguments: dict[str, Any]) -> list[Ladder]:
-    """The sizes that each layer can have; raises what the method says of sizes and arguments that do not fit, naming the
-    layer."""
+def ladders_of(method: Method, groups: Sequence[Mapping[str, nn.Module]], arguments: dict[str, Any]) -> list[Ladder]:
+    """The sizes that each group of layers can have, alone or as one weight; raises what the method says of sizes and
+    arguments that do not fit, naming the layers."""
     ladders = []
-    for name, module in chosen.items():
-        k, n = sizes(module)
+    for group in groups:
+        (k, *_), rows = zip(*map(sizes, group.values()))
         try:
-            ladders.append(Ladder(k, n, *method.size(k, n, **arguments),
-                                  lambda rank, k=k, n=n: method.stored(k, n, rank=rank, **arguments)[0]))
+            ladders.append(Ladder(k, sum(rows), *method.group_size(k, rows, **arguments),
+                                  lambda rank, k=k, n=sum(rows): method.stored(k, n, rank=rank, **arguments)[0]))
         except LowfatError as error:
-            raise type(error)(f"{name}: {error}") from error
+            raise type(error)(f"{', '.join(group)}: {error}") from error
     return ladders
 
 
@@ -148,7 +165,7 @@ def _check_stats(checked: Method, chosen: Mapping[str, nn.Module], stats: Mappin
     checked.require(stats[next(iter(chosen))], **arguments)
 
 
-def _losses(method: Method, module: nn.Module, stats: Mapping | None, name: str, ladder: Ladder,
+def _losses(method: Method, group: Mapping[str, nn.Module], stats: Mapping | None, ladder: Ladder,
             arguments: dict[str, Any]) -> list[float]:
     """The loss at each size of the ladder, made comparable between layers.
 
@@ -157,19 +174,22 @@ def _losses(method: Method, module: nn.Module, stats: Mapping | None, name: str,
     layer's spectrum, whatever it costs: the largest values of all normalized spectra are kept (pooled as in COMPOT,
     2602.15200). Absolute losses, or losses weighed by parameters, left MiniLM's embeddings further from the dense ones."""
     try:
-        curve = method.losses(dense_weight(module), stats[name] if method.needs else None, **arguments)
+        curve = method.losses(joined([dense_weight(module) for module in group.values()]),
+                              merged([stats[name] for name in group]) if method.needs else None, **arguments)
     except LowfatError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(f"{', '.join(group)}: {error}") from error
     whole = float(curve[1]) if curve[1] > 1e-12 * curve[0] else inf  # a layer of rank 1 needs no more
     return [ladder.unit * float(curve[rank]) / whole for rank in ladder.ranks] + [0.0]
 
 
-def _choice(method: str, arguments: dict[str, Any], ladder: Ladder, pick: int, weight: torch.Tensor) -> Choice:
-    dtype = str(weight.dtype).removeprefix("torch.")
+def _choice(method: str, arguments: dict[str, Any], ladder: Ladder, pick: int, module: nn.Module,
+            group: tuple[str, ...]) -> Choice:
+    (k, n), dtype = sizes(module), str(module.weight.dtype).removeprefix("torch.")
     if pick < len(ladder.ranks):
-        return Choice(method, {**arguments, "rank": ladder.ranks[pick]}, ladder.k, ladder.n, dtype=dtype)
+        return Choice(method, {**arguments, "rank": ladder.ranks[pick]}, k, n, dtype=dtype,
+                      group=group if len(group) > 1 else ())
     reason = "the budget has room for the dense weight" if ladder.ranks else "rank 1 would not save a parameter"
-    return Choice(None, {}, ladder.k, ladder.n, reason, dtype)
+    return Choice(None, {}, k, n, reason, dtype)
 
 
 def _parse(value: Any, file: str) -> Plan:
@@ -180,37 +200,49 @@ def _parse(value: Any, file: str) -> Plan:
         raise FormatError(f"{file}: policy must be one of {', '.join(POLICIES)}; found {top['policy']!r}")
     if not 0 < top["ratio"] < 1:
         raise FormatError(f"{file}: ratio must be between 0 and 1; found {top['ratio']!r}")
-    return Plan({name: _parse_choice(entry, f"{file}: layers.{name}") for name, entry in top["layers"].items()},
+    made = Plan({name: _parse_choice(entry, f"{file}: layers.{name}") for name, entry in top["layers"].items()},
                 ratio=top["ratio"], policy=top["policy"])
+    try:
+        groups = groups_of(made)
+    except LowfatError as error:
+        raise FormatError(f"{file}: {error}") from error
+    for group in groups:
+        if made[group[0]].method is not None:
+            _check_rank([made[name] for name in group], f"{file}: layers.{group[0]}")
+    return made
 
 
 def _parse_choice(value: Any, where: str) -> Choice:
     entry = _fields(value, {"method": (str, type(None)), "arguments": dict, "in_features": int, "out_features": int,
-                            "reason": str, "dtype": str}, where)
+                            "reason": str, "dtype": str, "group": list}, where, default={"group": []})
     for name in ("in_features", "out_features"):
         if entry[name] < 1:
             raise FormatError(f"{where}.{name} must be at least 1; found {entry[name]}")
     if entry["dtype"] not in _DTYPES:
         raise FormatError(f"{where}.dtype must be one of {', '.join(_DTYPES)}; found {entry['dtype']!r}")
-    if entry["method"] is None:
-        if entry["arguments"]:
-            raise FormatError(f"{where}.arguments must be empty for a layer left dense; found {entry['arguments']!r}")
-        return Choice(**entry)
-    arguments = dict(entry["arguments"])
-    rank = arguments.pop("rank", None)
+    if not all(isinstance(name, str) for name in entry["group"]):
+        raise FormatError(f"{where}.group must be names of layers; found {entry['group']!r}")
+    entry["group"] = tuple(entry["group"])
+    if entry["method"] is None and entry["arguments"]:
+        raise FormatError(f"{where}.arguments must be empty for a layer left dense; found {entry['arguments']!r}")
+    return Choice(**entry)
+
+
+def _check_rank(choices: list[Choice], where: str) -> None:
+    rank = choices[0].arguments.get("rank")
     try:
-        _, most = check_arguments(entry["method"], arguments).size(entry["in_features"], entry["out_features"], **arguments)
+        _, most = size_of(choices)
     except LowfatError as error:
         raise FormatError(f"{where}: {error}") from error
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
         raise FormatError(f"{where}.arguments.rank must be a whole number between 1 and {most}; found {rank!r}")
-    return Choice(**entry)
 
 
-def _fields(value: Any, types: dict[str, Any], where: str) -> dict[str, Any]:
-    """value, which must be an object with exactly these fields of these types."""
+def _fields(value: Any, types: dict[str, Any], where: str, default: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """value, which must be an object with exactly these fields of these types, or without those that have a default."""
     if not isinstance(value, dict):
         raise FormatError(f"{where} must be an object; found {value!r}")
+    value = {**default, **value}
     for name in value:
         if name not in types:
             raise FormatError(f"{where}: unknown field {name!r}")

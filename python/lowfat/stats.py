@@ -2,7 +2,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,18 @@ class Stats:
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by field name."""
         return {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
+
+
+def merged(layers: Sequence[Stats]) -> Stats:
+    """What these layers saw together, for factors that they share: the sums of their Gram matrices and rows, no Fisher
+    information. Of one layer its own."""
+    first, *others = layers
+    if not others:
+        return first
+    gram = first.gram.clone()
+    for other in others:
+        gram += other.gram
+    return Stats(gram, sum(stats.rows for stats in layers))
 
 
 class Calibration(Mapping[str, Stats]):

@@ -4,6 +4,7 @@ factorize(weight, bias, stats, *, rank, **arguments) -> (Structure, events)   in
 losses(weight, stats, **arguments) -> [most + 1]   what is lost, in the method's own squared metric, at each rank
 size(k, n, **arguments) -> (unit, most)   parameters that one more rank costs, and the largest rank
 count(k, n, *, rank, **arguments) -> (parameters, bytes of indices)   where they are not (rank * unit, 0)
+shared_size(k, [n, ...], **arguments)   size() of layers that hold one first factor, where the structure has such a factor
 
 The rank is whatever grows: of low-rank factors theirs, of a dictionary its atoms, of N:M pruning the number kept of a group.
 """
@@ -22,6 +23,14 @@ def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
     return k + n, min(k, n)
 
 
+def low_rank_shared_size(k: int, rows: Sequence[int], **arguments) -> tuple[int, int]:
+    return k + sum(rows), min(k, *rows)  # a low-rank layer has no rank above its own sizes
+
+
+def as_one(size: Callable) -> Callable:
+    return lambda k, rows, **arguments: size(k, sum(rows), **arguments)
+
+
 class Method(NamedTuple):
     factorize: Callable
     losses: Callable
@@ -31,11 +40,16 @@ class Method(NamedTuple):
     size: Callable[..., tuple[float, int]] = low_rank_size
     count: Callable[..., tuple[int, int]] | None = None
     refactorize: Callable[[Structure, Tensor], Structure] | None = None  # better factors of a weight, from those of a layer
+    shared_size: Callable[..., tuple[float, int]] | None = None  # None: its layers have no factor that they could share
 
     def follow(self, layer: Structure, weight: Tensor, stats: Any, **arguments) -> Structure:
         """The layer's factors made anew for its weight [n, k] as it is by now: from those that it has where the method can,
         else from nothing."""
         return self.refactorize(layer, weight) if self.refactorize else self.factorize(weight, None, stats, **arguments)[0]
+
+    def group_size(self, k: int, rows: Sequence[int], **arguments) -> tuple[float, int]:
+        """size() of layers of so many outputs as one weight; of one layer its own."""
+        return self.size(k, *rows, **arguments) if len(rows) == 1 else self.shared_size(k, rows, **arguments)
 
     def stored(self, k: int, n: int, *, rank: int, **arguments) -> tuple[int, int]:
         """(parameters, bytes of indices beside them)"""
@@ -43,11 +57,12 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "svd": Method(svd.factorize, svd.losses, frozenset(), {}),
+    "svd": Method(svd.factorize, svd.losses, frozenset(), {}, shared_size=low_rank_shared_size),
     "fwsvd": Method(fwsvd.factorize, fwsvd.losses, frozenset({"fisher"}),
                     {"side": ("in", "out", "both"), "exact": (False, True)}, fwsvd.require),
     "whitened": Method(whitened.factorize, whitened.losses, frozenset({"gram"}),
-                       {"solver": ("auto", "cholesky", "eigen", "output")}, whitened.require),
+                       {"solver": ("auto", "cholesky", "eigen", "output")}, whitened.require,
+                       shared_size=low_rank_shared_size),
     "monarch": Method(monarch.factorize, monarch.losses, monarch.needs, monarch.ARGUMENTS, monarch.require, monarch.size,
                       monarch.count),
     "block_low_rank": Method(monarch.factorize_blockwise, monarch.losses_blockwise, monarch.needs, monarch.ARGUMENTS,
@@ -59,11 +74,11 @@ METHODS = {
     "sparsegpt": Method(prune.sparsegpt, prune.sparsegpt_losses, frozenset({"gram"}), prune.ARGUMENTS, prune.require,
                         prune.size, prune.count),
     "rocket": Method(rocket.factorize, rocket.losses, frozenset({"gram"}), dictionary.ARGUMENTS, dictionary.require,
-                     dictionary.size, dictionary.count),
+                     dictionary.size, dictionary.count, shared_size=as_one(dictionary.size)),
     "compot": Method(compot.factorize, compot.losses, frozenset({"gram"}), dictionary.ARGUMENTS, dictionary.require,
-                     dictionary.size, dictionary.count),
+                     dictionary.size, dictionary.count, shared_size=as_one(dictionary.size)),
     "cospadi": Method(cospadi.factorize, cospadi.losses, frozenset({"gram"}), cospadi.ARGUMENTS, dictionary.require,
-                      cospadi.size, dictionary.count),
+                      cospadi.size, dictionary.count, shared_size=as_one(cospadi.size)),
     "dsformer": Method(dsformer.factorize, dsformer.losses, frozenset(), dsformer.ARGUMENTS, size=dsformer.size,
                        count=dsformer.count, refactorize=dsformer.refactorized),
     "oats": Method(oats.factorize, oats.losses, frozenset({"gram"}), oats.ARGUMENTS, oats.require, oats.size, oats.count),
