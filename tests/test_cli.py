@@ -111,6 +111,8 @@ MISTAKES = {
     "ratio too small": ("{dense} out --ratio 0.001 --calibrate {texts}", "too few; rank 1 everywhere"),
     "unknown method": ("{dense} out --method magic", "found 'magic'"),
     "unknown policy": ("{dense} out --method svd --policy fair", "policy must be one of"),
+    "nothing shares": ("{dense} out --method svd --share 0", "share must be how many layers share a factor, at least 1"),
+    "no factor to share": ("{dense} out --method magnitude --share 2", "share: layers cannot share a factor by magnitude"),
     "unknown device": ("{dense} out --method svd --device tpu", "--device is 'tpu'; needs auto, cpu or cuda"),
     "unknown task": ("{dense} out --task poetry --calibrate {texts}", "poetry"),
     "a task without a head": ("{dense} out --task lm --calibrate {texts}", "has no weights for"),
@@ -342,6 +344,16 @@ def test_factorize_with_arguments_of_the_method(method, dense, texts, work):
     assert {(entry["structure"], tuple(entry["blocks"]), entry["interleave"]) for entry in config.values()} == {
         ("Monarch", (2, 2), method == "monarch")}
     assert any(entry["grouped"] for entry in config.values())
+    assert "accuracy" in lowfat("evaluate", "half", "--data", texts).stdout
+
+
+def test_factorize_with_dictionaries_that_blocks_share(dense, texts, work):
+    shown = lowfat("factorize", dense, "half", "--method", "compot", "--share", "2", "--calibrate", texts).stdout
+    assert "6 layers with the first factor of another, which is counted there" in shown
+    ties = json.loads(Path("half/config.json").read_text())["quantization_config"]["ties"]
+    assert len(ties) == 6 and all(tie == other.replace("layer.0", "layer.1") for tie, other in ties.items())
+    kept = re.search(r"([\d.]+) M of [\d.]+ M parameters in these layers", lowfat("inspect", "half").stdout)[1]
+    assert f"{kept} M of" in shown.splitlines()[-1]
     assert "accuracy" in lowfat("evaluate", "half", "--data", texts).stdout
 
 

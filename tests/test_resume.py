@@ -167,6 +167,21 @@ def test_killed_at_a_stage(tmp_path, name):
         assert result(tmp_path) == expected, point
 
 
+def test_killed_between_the_layers_of_a_group(tmp_path):
+    """Layer 7 shares with layer 1, and they are written one after the other: what is there of one alone is made again."""
+    dense_model(tmp_path / "dense")
+    run = partial(run_factorize, tmp_path, method="compot", share=2)
+    stages = stages_of(run, tmp_path / "log")
+    expected = result(tmp_path)
+    layers = [stage for stage in stages if stage.startswith("layer")]
+    assert layers[:4] == ["layer 1", "layer 7", "layer 2", "layer 8"]
+    for point in ("layer 1", "layer 7", "layer 3"):
+        shutil.rmtree(tmp_path / "out")
+        assert dying(where(stages, point), run) == -signal.SIGKILL
+        assert forked(run) == 0, point
+        assert result(tmp_path) == expected, point
+
+
 @pytest.mark.parametrize("name, number", [("factorize", 1), ("factorize", 2), ("finetune", 1), ("finetune", 3),
                                           ("staged", 1), ("staged", 4)])
 def test_killed_while_deleting(tmp_path, name, number):
@@ -234,7 +249,8 @@ def test_overwrite_survives_a_kill_between_the_renames(tmp_path, name):
 
 CHANGES = {
     "factorize": {"options.ratio": {"ratio": 0.4}, "options.policy": {"policy": "per_matrix"}, "rows": {"rows": rows(23)},
-                  "options.max_length": {"max_length": 10}, "options.method": {"method": "svd"}},
+                  "options.max_length": {"max_length": 10}, "options.method": {"method": "svd"},
+                  "options.share": {"share": 2}},
     "finetune": {"options.learning_rate": {"learning_rate": 2e-4}, "options.seed": {"seed": 4}, "data": {"rows": rows(9)},
                  "options.steps": {"steps": 7}, "options.autocast": {"autocast": False}},
     "staged": {"options.guard": {"guard": 2.0}, "options.seed": {"seed": 4}, "options.order": {"order": "forward"},

@@ -84,15 +84,16 @@ def factorize(
     model: Model, out_folder: Out,
     method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}.")] = "whitened",
     ratio: Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")] = 0.5,
-    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Most need it; fwsvd labels too.")] = None,
+    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXTS",
+                                                      help=".jsonl or .txt; most need it, fwsvd labels too.")] = None,
     policy: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.", show_default=False)] = "allocated",
     arguments: Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE",
                                                            help="Of the method: blocks=8, fit=outputs.")] = None,
+    share: Annotated[Optional[int], typer.Option(metavar="G", help="Blocks whose layers of a name share a factor.")] = None,
     task: Task = None, layers: Layers = None, samples: Samples = None, max_length: MaxLength = None,
     batch_size: BatchSize = 8, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
-    """Writes a smaller copy of MODEL, a folder or hub name, to the folder OUT. Killed, the same command continues. TEXTS: a
-    .jsonl or .txt file.
+    """Writes a smaller copy of MODEL, a folder or hub name. If killed, repeat it.
 
     Example:  lowfat factorize all-MiniLM-L6-v2 half --calibrate texts.jsonl
     """
@@ -101,9 +102,8 @@ def factorize(
     where, rows = device_of(device), calibrate and first(read_rows(calibrate), samples)
     with bar("opening") as tell:
         report = factorize_folder(model_folder(model), out_folder, method=method, ratio=ratio, policy=policy,
-                                  layers=layers or None, arguments=named("--set", arguments or []), rows=rows, task=task,
-                                  batch_size=batch_size,
-                                  max_length=max_length, device=where, overwrite=overwrite,
+                                  layers=layers or None, arguments=named("--set", arguments or []), share=share, rows=rows,
+                                  task=task, batch_size=batch_size, max_length=max_length, device=where, overwrite=overwrite,
                                   on_progress=lambda phase, done, total, what: tell(done, total, phase))
     print_json(report.to_json()) if as_json else show_report(report, out_folder)
 

@@ -26,7 +26,7 @@ _MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # what dec
 
 
 def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio: float, policy: str = "per_matrix",
-                     layers: Sequence[str] | None = None, arguments: Mapping | None = None,
+                     layers: Sequence[str] | None = None, arguments: Mapping | None = None, share: int | None = None,
                      rows: Sequence[Mapping] | None = None, task: str | None = None, batch_size: int = 8,
                      max_length: int | None = None, device: str | torch.device = "cpu", overwrite: bool = False,
                      on_progress=None) -> Report:
@@ -43,11 +43,11 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
     model, tokenizer = open_model(folder, task=task, device=device, reads_text=rows is not None)
     max_length = None if rows is None else fitting(max_length, model)  # as it is used, said or not
     options = {"method": method, "arguments": arguments, "ratio": ratio, "policy": policy, "layers": layers, "task": task,
-               "batch_size": batch_size, "max_length": max_length}
+               "batch_size": batch_size, "max_length": max_length, "share": share}
     fingerprint = {"model": file_digests(folder), "rows": progress.json_digest(rows), "options": options}
     fingerprint |= progress.environment(torch.device(device))
     storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
-    check_fit(model, method=method, arguments=arguments, ratio=ratio, layers=layers)
+    check_fit(model, method=method, arguments=arguments, ratio=ratio, layers=layers, share=share)
     task = task_for(model, task)
     data = None if rows is None else texts_for(needs, model, tokenizer, rows, task, batch_size=batch_size,
                                                max_length=max_length)
@@ -57,7 +57,7 @@ def factorize_folder(folder: str | Path, out: str | Path, *, method: str, ratio:
                                        out=states / "calibration", on_progress=_phase(on_progress, "calibrate"))
             storage.stage("calibrated")
             choices = _plan(states / "plan.json", model, method=method, ratio=ratio, policy=policy, stats=stats,
-                            layers=layers, arguments=arguments)
+                            layers=layers, arguments=arguments, share=share)
             storage.stage("planned")
             report = factorize(model, choices, stats, resume=states / "layers",
                                on_progress=_phase(on_progress, "factorize"))

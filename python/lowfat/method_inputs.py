@@ -10,6 +10,7 @@ from .layers import factorizable
 from .methods import check_arguments
 from .model_inputs import padding
 from .plan import POLICIES, budget_of, ladders_of, plan
+from .sharing import grouped
 from .stats import Calibration
 
 
@@ -21,12 +22,14 @@ def needs_of(method: str, arguments: dict, policy: str) -> frozenset[str]:
     return needs
 
 
-def check_fit(model, *, method: str, arguments: dict, ratio: float, layers: Sequence[str] | None) -> None:
+def check_fit(model, *, method: str, arguments: dict, ratio: float, layers: Sequence[str] | None,
+              share: int | Sequence[Sequence[str]] | None = None) -> None:
     """Raises what is wrong with ratio, patterns, sizes or weights, without the work of a plan."""
     plan(model, method="svd", ratio=ratio, layers=layers)
-    ladders = ladders_of(check_arguments(method, arguments), factorizable(model, layers), arguments)
+    chosen = factorizable(model, layers)
+    ladders = ladders_of(check_arguments(method, arguments), grouped(chosen, share, method), arguments)
     per_matrix(ladders, budget_of(ladders, ratio))
-    check_weights(factorizable(model, layers))
+    check_weights(chosen)
 
 
 def spread(items: Sequence, most: int) -> list:

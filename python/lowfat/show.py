@@ -120,6 +120,8 @@ def show_report(report, folder: Path) -> None:
     for layer in report.layers:
         for note in ([f"stays dense: {layer.reason}"] if not layer.kept else []) + layer.events:
             out.print(f"{layer.name}: {note}", soft_wrap=True)
+    if shared := sum(bool(layer.shares) for layer in report.layers):
+        out.print(f"{counted(shared, 'layer')} with the first factor of another, which is counted there", soft_wrap=True)
     for reason, count in Counter(report.skipped.values()).items():
         out.print(f"{counted(count, 'other weight')} left alone: {reason}", soft_wrap=True)
     for what, count in Counter(report.blocks.grouped.values()).items():
