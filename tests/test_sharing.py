@@ -147,6 +147,8 @@ def test_statistics_add_up():
     assert torch.equal(found.gram, torch.full((3, 3), 7.0)) and found.rows == 18 and torch.equal(grams[0], torch.ones(3, 3))
     alone = Stats(grams[0], 5, fisher_in=torch.ones(3))
     assert merged([alone]) is alone
+    with pytest.raises(ArgumentError, match=r"Gram matrices of \[3, 3\] and \[1, 1\] do not add up"):
+        merged([alone, Stats(torch.ones(1, 1), 5)])
 
 
 @every_method
@@ -199,8 +201,11 @@ def test_the_rank_of_low_rank_stays_below_its_smallest_layer():
     model = linears(*(linear(6, 40) for _ in range(3)))
     made = plan(model, method="svd", ratio=0.8, share=3)
     assert {choice.arguments["rank"] for choice in made.values()} == {6}
-    assert plan(model, method="compot", ratio=0.8, stats=seen(model), share=3)["blocks.0.0"].arguments["rank"] > 6
-    assert all(layer.kept for layer in factorize(model, made).layers)
+    stats, other = seen(model), copy.deepcopy(model)
+    assert all(layer.kept for layer in factorize(other, made).layers)
+    made = plan(model, method="compot", ratio=0.8, stats=stats, share=3)  # a dictionary may have more atoms than rows
+    assert made["blocks.0.0"].arguments["rank"] > 6 and all(layer.kept for layer in factorize(model, made, stats).layers)
+    assert model.blocks[0][0].atoms == made["blocks.0.0"].arguments["rank"] and model.blocks[0][0].d is model.blocks[2][0].d
 
 
 # --- what it costs ---
@@ -451,7 +456,8 @@ def changed(name, **change):
 PAIR = (QUERY, DEEP)
 BAD = {  # what is done to a plan in which queries share -> (class, message)
     "missing": (lambda made: made.pop(DEEP), ArgumentError, f"{QUERY} shares .* with {DEEP}, which is not in the plan"),
-    "dense": (changed(DEEP, method=None, arguments={}), ArgumentError, f"{QUERY} shares .* with {DEEP}, which stays dense"),
+    "dense": (changed(DEEP, method=None, arguments={}), ArgumentError, f"{QUERY} shares .* {DEEP}, and {DEEP} stays dense"),
+    "first dense": (changed(QUERY, method=None, arguments={}), ArgumentError, f"{QUERY} shares .*, and {QUERY} stays dense"),
     "alone": (changed(DEEP, group=()), ArgumentError, f"{QUERY} shares .* with {DEEP}, which is in another group: none"),
     "two groups": (changed(KEY, group=(KEY, QUERY)), ArgumentError,
                    f"{KEY} shares a factor with {QUERY}, which is in another group: {QUERY}, {DEEP}"),

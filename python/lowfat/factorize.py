@@ -234,9 +234,9 @@ def _factorized(members: Mapping[str, nn.Module], plan: Mapping,
     """Of each layer of a group (the layer made of factors, None where it stays dense; the report)."""
     started, names = time.monotonic(), list(members)
     choice, weights = plan[names[0]], [dense_weight(module) for module in members.values()]
-    seen = [stats[name] if stats is not None and name in stats else None for name in names]
-    layers, events, made = [None] * len(names), [], []
+    seen, layers, events, made = [None] * len(names), [None] * len(names), [], []
     if choice.method is not None:
+        seen = [stats[name] if stats is not None and name in stats else None for name in names]
         biases = [module.bias for module in members.values()]
         try:
             layers, events = _solved(METHODS[choice.method].factorize, weights, biases, seen, choice.arguments)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from .layers import dense_weight, sizes
+from .layers import sizes
 from .methods import METHODS, check_arguments
 
 
@@ -58,8 +58,9 @@ def groups_of(plan: Mapping) -> list[tuple[str, ...]]:
         groups[group] = None
         if name not in group or len(set(group)) < len(group):
             raise ArgumentError(f"{name}: its group must name it and others once each; found {', '.join(group)}")
-        for other in group[:0 if len(group) == 1 else None]:
-            _check_pair(name, choice, other, plan.get(other))
+        for other in group:
+            if other != name:
+                _check_pair(name, choice, other, plan.get(other))
     return list(groups)
 
 
@@ -116,8 +117,9 @@ def _check_pair(name: str, choice, other: str, found) -> None:
     if tuple(found.group) != tuple(choice.group):
         raise ArgumentError(f"{name} shares a factor with {other}, which is in another group: "
                             f"{', '.join(found.group) or 'none'}")
-    if found.method is None:
-        raise ArgumentError(f"{name} shares a factor with {other}, which stays dense")
+    if None in (choice.method, found.method):
+        dense = name if choice.method is None else other
+        raise ArgumentError(f"{name} shares a factor with {other}, and {dense} stays dense")
     if found.in_features != choice.in_features:
         raise ShapeError(f"{name} shares a factor with {other}, and has {choice.in_features} inputs where that has "
                          f"{found.in_features}")

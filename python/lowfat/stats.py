@@ -37,13 +37,15 @@ class Stats:
 
 def merged(layers: Sequence[Stats]) -> Stats:
     """What these layers saw together, for factors that they share: the sums of their Gram matrices and rows, no Fisher
-    information. Of one layer its own."""
+    information. Of one layer its own. ArgumentError for Gram matrices of different sizes."""
     first, *others = layers
     if not others:
         return first
     gram = first.gram.clone()
     for other in others:
-        gram += other.gram
+        if other.gram.shape != gram.shape:
+            raise ArgumentError(f"stats: Gram matrices of {list(gram.shape)} and {list(other.gram.shape)} do not add up")
+        gram += other.gram.to(gram.device)
     return Stats(gram, sum(stats.rows for stats in layers))
 
 
