@@ -173,6 +173,15 @@ def test_a_number_takes_neighbours_of_a_kind():
     assert made["blocks.6.0"].group == ("blocks.5.0", "blocks.6.0") and len(made["blocks.4.0"].group) == 4
 
 
+def test_later_numbers_of_a_name_are_part_of_its_kind():
+    """An expert shares with that of its number in the next block, not with its neighbour."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(linear(8, 12), linear(8, 12)) for _ in range(2))
+    made = plan(model, method="svd", ratio=0.5, share=4)
+    for name, choice in made.items():
+        assert choice.group == (f"blocks.0.{name[-1]}", f"blocks.1.{name[-1]}")
+
+
 def test_kinds_are_names_without_the_number_of_the_block(tiny_bert):
     made = plan(tiny_bert, method="svd", ratio=0.5, share=2)
     names = list(factorizable(tiny_bert))
