@@ -10,7 +10,8 @@ from torch.nn.functional import linear, pad
 
 from lowfat.errors import LowfatError
 from lowfat.ops import low_rank as public_low_rank
-from lowfat.ops import dictionary, low_rank_group, low_rank_pivoted, low_rank_swiglu, monarch, sparse24
+from lowfat.ops import (dictionary, low_rank_group, low_rank_pivoted, low_rank_sparse, low_rank_swiglu, monarch,
+                        sparse24)
 from lowfat.ops.bitmap import pack
 
 
@@ -84,6 +85,15 @@ CALLERS = {
         named=False),
     "torch.ops.lowfat.dictionary_backward": Caller(
         lambda *args: through_backward(*args, op=dictionary_gradients), named=False, words=("dictionary", "low_rank"),
+        framework=lambda *args: product_and_bias(*args)),
+    "low_rank_sparse": Caller(lambda *args: through_low_rank_sparse(public_low_rank_sparse, *args), named=True),
+    "torch.ops.lowfat.low_rank_sparse": Caller(
+        lambda *args: through_sparse24(every_entry(torch.ops.lowfat.low_rank_sparse), *args), named=False),
+    "torch.ops.lowfat.low_rank_sparse_training": Caller(
+        lambda *args: through_low_rank_sparse(lambda *a: torch.ops.lowfat.low_rank_sparse_training(*a)[0], *args),
+        named=False),
+    "torch.ops.lowfat.low_rank_sparse_backward": Caller(
+        lambda *args: through_backward(*args, op=low_rank_sparse_gradients), named=False,
         framework=lambda *args: product_and_bias(*args)),
 }
 
@@ -225,6 +235,38 @@ def through_dictionary(op: Callable, support: Callable, x, v, u, bias=None):
 
 def dictionary_gradients(dy, x, h, v, u, needs):
     return torch.ops.lowfat.dictionary_backward(dy, x, h, v[None, None], u, every_bit(u), needs)
+
+
+def through_low_rank_sparse(op: Callable, x, v, u, bias=None):
+    """Without a sparse part."""
+    return op(x, v, u, *no_entries(u), bias, 1.0)
+
+
+def public_low_rank_sparse(*args):
+    return low_rank_sparse(*args[:7], scale=args[7])
+
+
+def low_rank_sparse_gradients(dy, x, h, v, u, needs):
+    return torch.ops.lowfat.low_rank_sparse_backward(dy, x, h, v, u, *no_entries(u), needs, 1.0)
+
+
+def no_entries(u):
+    """values, starts, columns"""
+    u = u if isinstance(u, Tensor) and u.dim() else torch.zeros(1)
+    return u.new_zeros(0), u.new_zeros(u.shape[0] + 1, dtype=torch.int32), u.new_zeros(0, dtype=torch.int16)
+
+
+def every_entry(op: Callable) -> Callable:
+    """A product whose sparse part is all of the weight, beside a low-rank part of rank 0."""
+    def product(x, weight, bias):
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            return op(x, torch.zeros(0, 0), torch.zeros(0, 0), weight, *no_entries(weight)[1:], bias, 1.0)
+        n, k = weight.shape
+        starts = torch.arange(n + 1, dtype=torch.int32, device=weight.device) * k
+        columns = torch.arange(k, dtype=torch.int16, device=weight.device).repeat(n)
+        return op(x, weight.new_zeros(0, k), weight.new_zeros(n, 0), weight.flatten(), starts, columns, bias, 1.0)
+
+    return product
 
 
 def through_backward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, into: bool = False,

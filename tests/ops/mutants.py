@@ -50,8 +50,8 @@ MUTANTS = [  # (file, text, its replacement)
     (LIBRARY, "ctx.mark_non_differentiable(h)", "pass"),
     (LIBRARY, "flag << i for", "1 << i for"),  # computes what nobody wants
     (LIBRARY, "sum(flag << i for i, flag in enumerate(needs))", "sum(flag << (i ^ 1) for i, flag in enumerate(needs))"),
-    (LIBRARY, "(h if ctx.needs_input_grad[last_factor] else None,)", "(h,)"),
-    (LIBRARY, "(h if ctx.needs_input_grad[last_factor] else None,)", "(torch.zeros_like(h),)"),
+    (LIBRARY, "(h if ctx.needs_input_grad[reads_middle] else None,)", "(h,)"),
+    (LIBRARY, "(h if ctx.needs_input_grad[reads_middle] else None,)", "(torch.zeros_like(h),)"),
     (LIBRARY, "t.dtype != torch.float64", "True"),  # fp64 must stay under autocast
     (LIBRARY, "torch.library.register_autograd(backward, _refuse_second, lib=_library)", "pass"),
     (LIBRARY, '"CompositeExplicitAutograd"', '"CPU"'),  # no meta, no fake tensors

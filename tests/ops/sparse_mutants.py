@@ -47,7 +47,7 @@ MUTANTS = [  # (file, text, its replacement)
     (KINDS, "if not isinstance(t, Tensor)", "if False"),
     (KINDS, "if x.dtype not in DTYPES", "if False"),
     # gradients past index tensors
-    (LIBRARY, "max(set(range(read)) - set(indices))", "read - 1"),  # of the mask, which has no gradient: keeps no middle
+    (LIBRARY, "max(set(range(read)) - set(indices)) if", "read - 1 if"),  # of the mask, which has no gradient: keeps no middle
     (LIBRARY, "None if i in indices else next(found, None)", "next(found, None)"),
     (LIBRARY, "gradient_of(forward, lambda y: y)", "gradient_of(forward, lambda y: y[0])"),
     # dictionary

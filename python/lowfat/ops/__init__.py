@@ -4,9 +4,10 @@ from .low_rank import low_rank
 from .low_rank_backward_into import low_rank_backward_into
 from .low_rank_group import low_rank_group
 from .low_rank_pivoted import check_pivots, low_rank_pivoted
+from .low_rank_sparse import low_rank_sparse
 from .low_rank_swiglu import low_rank_swiglu
 from .monarch import monarch
 from .sparse24 import sparse24
 
 __all__ = ["check_pivots", "dictionary", "low_rank", "low_rank_backward_into", "low_rank_group", "low_rank_pivoted",
-           "low_rank_swiglu", "monarch", "sparse24"]
+           "low_rank_sparse", "low_rank_swiglu", "monarch", "sparse24"]

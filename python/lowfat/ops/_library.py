@@ -115,16 +115,17 @@ def refuse(error: Exception, op: str, check: Callable, *inputs) -> NoReturn:
 
 
 def differentiable(forward: OpOverload, training: OpOverload | None, backward: OpOverload, *, reference: Callable, read: int,
-                   constants: int = 0, indices: tuple[int, ...] = ()) -> Callable:
+                   constants: int = 0, indices: tuple[int, ...] = (), reads_middle: int | None = None) -> Callable:
     """Give an op its gradient; the returned function is the same as the op with less overhead when gradients are recorded.
 
     forward(*inputs) -> y    training(*inputs) -> (y, h)    backward(dy, x, h, *factors, needs, *constants) -> gradients
     where x, *factors are the first `read` inputs, h may be None, bit i of needs says that the gradient of input i is wanted,
     and constants are the last inputs, which are no tensors and have no default (torch would leave one out). indices: the
-    places of index tensors among the inputs; there is no gradient of them, not even an empty one. training None: an op
-    without a middle, whose backward takes no h and whose reference gives y alone.
+    places of index tensors among the inputs; there is no gradient of them, not even an empty one. reads_middle: the input
+    whose gradient alone reads h, by default the last factor. training None: an op without a middle, whose backward takes no
+    h and whose reference gives y alone.
     """
-    last_factor = max(set(range(read)) - set(indices))
+    reads_middle = max(set(range(read)) - set(indices)) if reads_middle is None else reads_middle
 
     class Training(torch.autograd.Function):
         @staticmethod
@@ -134,7 +135,7 @@ def differentiable(forward: OpOverload, training: OpOverload | None, backward: O
             else:
                 outputs = y, h = below_autograd(training, *inputs)
                 ctx.mark_non_differentiable(h)
-                middle = (h if ctx.needs_input_grad[last_factor] else None,)  # only the gradient of the last factor reads h
+                middle = (h if ctx.needs_input_grad[reads_middle] else None,)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(inputs[0], *middle, *inputs[1:read])
             ctx.constants = inputs[len(inputs) - constants:]
