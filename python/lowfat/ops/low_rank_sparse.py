@@ -108,7 +108,7 @@ def entries(values: Tensor, starts: Tensor, columns: Tensor, n: int, k: int) -> 
     return values.new_zeros(n * k).index_put((place,), torch.where(is_inside, values, 0), accumulate=True).view(n, k)
 
 
-def weight(v: Tensor, u: Tensor, values: Tensor, starts: Tensor, columns: Tensor, scale: float) -> Tensor:
+def weight_of(v: Tensor, u: Tensor, values: Tensor, starts: Tensor, columns: Tensor, scale: float) -> Tensor:
     """scale u v + S, rounded once.   [n, k]"""
     low_rank = (_wide(u) @ _wide(v)) * scale
     return (low_rank + entries(_wide(values), starts, columns, *low_rank.shape)).to(v.dtype)
@@ -126,7 +126,7 @@ def split(x: Tensor, v: Tensor, u: Tensor, values: Tensor, starts: Tensor, colum
 def materialize(x: Tensor, v: Tensor, u: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None,
                 scale: float) -> Tensor:
     """y of one product with the whole matrix, made for this call.   x [m, k]"""
-    return linear(x, weight(v, u, values, starts, columns, scale), bias)
+    return linear(x, weight_of(v, u, values, starts, columns, scale), bias)
 
 
 def middle(x: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -163,7 +163,7 @@ def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, u: Te
     empty. Of starts and columns there is none."""
     check(x, v, u, values, starts, columns, None, scale, dy, h)
     m, n, k = prod(x.shape[:-1]), u.shape[0], v.shape[1]
-    dy, rows = dy.reshape(m, n), x.reshape(m, k)
+    dy, rows = dy.reshape(m, n).contiguous(), x.reshape(m, k).contiguous()
     dx = dv = du = dvalues = db = None
     if needs & 0b0000011:
         dh = middle(dy, u.mT, scale)  # [m, r]
@@ -181,8 +181,8 @@ def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, u: Te
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (dx, dv, du, dvalues, db))
 
 
-_forward = define("low_rank_sparse(Tensor x, Tensor v, Tensor u, Tensor values, Tensor starts, Tensor columns, Tensor? bias, "
-                  "float scale) -> Tensor", reference)
+_forward = define("low_rank_sparse(Tensor x, Tensor v, Tensor u, Tensor values, Tensor starts, Tensor columns, "
+                  "Tensor? bias, float scale) -> Tensor", reference)
 _training = define("low_rank_sparse_training(Tensor x, Tensor v, Tensor u, Tensor values, Tensor starts, Tensor columns, "
                    "Tensor? bias, float scale) -> (Tensor y, Tensor h)", reference_training)
 _backward = define("low_rank_sparse_backward(Tensor dy, Tensor x, Tensor? h, Tensor v, Tensor u, Tensor values, "
