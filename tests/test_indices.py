@@ -5,7 +5,7 @@ import torch
 from lowfat import checkpoint
 from lowfat.errors import FormatError, IndexRangeError
 from lowfat.layers import dense_weight, factorizable, replace
-from lowfat.structures import Dictionary, Monarch, Sparse24
+from lowfat.structures import Dictionary, LowRankSparse, Monarch, Sparse24
 
 SIZES = {"atoms": 10, "nonzeros": 4, "blocks": (1, 2)}
 LAYERS = {  # by the buffer that holds the indices
@@ -13,8 +13,12 @@ LAYERS = {  # by the buffer that holds the indices
     "bitmap": lambda weight, bias: Dictionary.from_dense(weight, bias, **SIZES, format="bitmap"),
     "positions": lambda weight, bias: Dictionary.from_dense(weight, bias, **SIZES, format="positions"),
     "rows": lambda weight, bias: Monarch.from_dense(weight, bias, blocks=2, rank=4, rows=torch.arange(len(weight)).flip(0)),
+    "starts": lambda weight, bias: LowRankSparse.from_dense(weight, bias, rank=2, density=0.3),
+    "columns": lambda weight, bias: LowRankSparse.from_dense(weight, bias, rank=2, density=0.3),
+    "drawn columns": lambda weight, bias: LowRankSparse(weight.shape[1], weight.shape[0], rank=2, density=0.3, seed=3),
 }
-BUFFERS = {"2:4 mask": "mask", "bitmap": "mask", "positions": "positions", "rows": "rows"}
+BUFFERS = {"2:4 mask": "mask", "bitmap": "mask", "positions": "positions", "rows": "rows", "starts": "starts",
+           "columns": "columns", "drawn columns": "columns"}
 
 
 def first(number):
@@ -36,6 +40,32 @@ def repeated(t):
     return t
 
 
+def last(more):
+    def of(t):
+        t = t.clone()
+        t[-1] += more
+        return t
+
+    return of
+
+
+def of_one_row(change):
+    """Of two columns that follow each other in a row."""
+    def of(t):
+        t, place = t.clone(), int((t.diff() > 0).nonzero()[0])
+        t[place:place + 2] = change(t[place:place + 2])
+        return t
+
+    return of
+
+
+def moved_on(t):
+    """An entry one place to the right, where none is: as good a support as the right one."""
+    t = t.clone()
+    t[int((t.diff() > 1).nonzero()[0])] += 1
+    return t
+
+
 VALUES = {  # numbers that are wrong in every format
     "-1": first(-1), "smallest": lambda t: first(torch.iinfo(t.dtype).min)(t),
     "largest": lambda t: first(torch.iinfo(t.dtype).max)(t),
@@ -50,7 +80,7 @@ KINDS = {  # tensors that are no such index
     "int8": lambda t: t.to(torch.int8),
     "other width": lambda t: t.to(torch.int16 if t.dtype == torch.int32 else torch.int32),
     "shorter": lambda t: t[:-1], "longer": lambda t: torch.cat([t, t[:1]]), "empty": lambda t: t[:0],
-    "another dimension": lambda t: t[None], "transposed or folded": lambda t: t.T if t.dim() == 2 else t.view(2, -1),
+    "another dimension": lambda t: t[None], "transposed or folded": lambda t: t.T if t.dim() == 2 else t[:, None],
 }
 ONLY = {  # what a format may not say, though others may
     "positions": {"negative": lambda t: -1 - t, "twice": repeated, "unsorted": lambda t: t.flip(1),
@@ -62,6 +92,13 @@ ONLY = {  # what a format may not say, though others may
                "a bit more": lambda t: first(1023)(t), "a bit less": lambda t: t & (t - 1), "swapped": lambda t: ~t},
     "2:4 mask": {"a bit less": lambda t: t & (t - 1), "all": of_all(-1), "inverted": lambda t: t ^ 1,
                  "another group": lambda t: t ^ 17},
+    "starts": {"negative": lambda t: -1 - t, "falling": lambda t: t.flip(0), "a row behind": lambda t: t.roll(1),
+               "past the end": last(1), "before the end": last(-1), "counts": lambda t: t.diff(prepend=t[:1])},
+    "columns": {"negative": lambda t: -1 - t, "twice": of_one_row(lambda t: t[:1].expand(2)),
+                "unsorted": of_one_row(lambda t: t.flip(0)), "falling": lambda t: t.flip(0), "k": first(48),
+                "k + 1": first(49)},
+    "drawn columns": {"negative": lambda t: -1 - t, "one place on": moved_on,
+                      "of another seed": lambda t: LowRankSparse(32, 32, rank=2, density=0.3, seed=4).columns},
 }
 CASES = [(format, name, change, error) for format in LAYERS
          for table, error in ((VALUES, IndexRangeError), (KINDS, FormatError), (ONLY[format], IndexRangeError))

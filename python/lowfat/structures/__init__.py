@@ -1,6 +1,7 @@
 """Linear layers whose weight is stored as factors: one file per factor format."""
 from .dictionary import Dictionary
 from .low_rank import LowRank, LowRankGroup
+from .low_rank_sparse import LowRankSparse
 from .monarch import Monarch
 from .sparse24 import Sparse24
 from .structure import Structure, share, structures
@@ -8,5 +9,5 @@ from .sum import PARTS, Sum
 
 STRUCTURES = PARTS | {"Sum": Sum}
 
-__all__ = ["STRUCTURES", "Dictionary", "LowRank", "LowRankGroup", "Monarch", "Sparse24", "Structure", "Sum",
-           "share", "structures"]
+__all__ = ["Dictionary", "LowRank", "LowRankGroup", "LowRankSparse", "Monarch", "STRUCTURES", "Sparse24", "Structure",
+           "Sum", "share", "structures"]
