@@ -10,8 +10,9 @@ from lowfat.errors import ArgumentError, NumericsError
 from lowfat.factorize import factorize
 from lowfat.layers import replace
 from lowfat.plan import plan
+from lowfat.show import show_spectra
 from lowfat.spectra import draw, kind, spectra
-from lowfat.structures import LowRank
+from lowfat.structures import LowRank, LowRankSparse
 
 
 def known(n, k, values):
@@ -99,3 +100,13 @@ def test_the_picture_has_a_panel_for_each_kind(tmp_path, count):
 def test_kinds():
     assert kind("bert.encoder.layer.11.attention.self.query") == "attention.self.query"
     assert kind("model.layers.0.mlp.experts.3.up") == "up" and kind("lm_head") == "lm_head"
+
+
+def test_rank_zero_is_a_rank(capsys):
+    """Of a layer whose weight is its sparse part alone."""
+    model = blocks(LowRankSparse(9, 5, rank=0, density=0.5), nn.Linear(9, 5))
+    found = spectra(model)
+    assert [one.rank for one in found] == [0, None] and found[0].parameters == 22
+    show_spectra(found, {}, model, None)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "9" in line]
+    assert [row[row.index("9") + 1] for row in rows if "9" in row] == ["0", "dense"]

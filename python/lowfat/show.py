@@ -179,7 +179,7 @@ def show_spectra(found: list, left_out: dict[str, str], model, plot: Path | None
     has_error = any(one.error is not None for one in found)
     rows = []
     for name, one in zip(names, found):
-        rows.append((name, f"{one.out_features} x {one.in_features}", str(one.rank or "dense"),
+        rows.append((name, f"{one.out_features} x {one.in_features}", "dense" if one.rank is None else str(one.rank),
                      percent(one.parameters / one.dense_parameters), *map(str, one.energy_ranks()),
                      *([percent(one.error)] if has_error else [])))
     header = ("layer", "out x in", "rank", "kept", *(f"{100 * share:.0f} %" for share in SHARES),
