@@ -1,4 +1,7 @@
 // Decode of masked weights with AVX-512 and VBMI2: one instruction spreads what is kept to where it belongs.
+//
+// bf16 has two kernels, as without a mask (product_cpu_avx512.cpp): with m <= 4, where w streams by, vdpbf16ps, which takes
+// subnormal numbers as zero. Its x is half as long as floats are: 32 KB for four rows of 4096, all of it in the L1 cache.
 #include "cpu/avx512.h"
 #include "cpu/masked.h"
 

@@ -2,8 +2,8 @@
 //
 // bf16 has two kernels. On the CPU this was written on (Sapphire Rapids class) vdpbf16ps does 42 G multiply-adds a
 // second and fma 87: from m = 3 on, where arithmetic shows, weights are widened to float, and x was before. At m <= 2
-// memory is all there is; vdpbf16ps needs no widening and is 5 % faster. It takes subnormal bf16 numbers as zero, as
-// torch's bf16 matmul does there.
+// memory is all there is; vdpbf16ps needs no widening and is 5 % faster. It takes subnormal bf16 numbers as zero, and makes
+// sums that are subnormal zero, as torch's bf16 matmul does there. The ops' docstrings say so.
 #include "cpu/avx512.h"
 #include "cpu/positions.h"
 

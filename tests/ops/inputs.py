@@ -217,7 +217,8 @@ def class_18_not_finite_in_factors(op):
 
 
 def class_19_zeros_and_subnormals(op):
-    """0 * Inf is NaN as IEEE says; subnormal inputs and middles are not flushed."""
+    """0 * Inf is NaN as IEEE says; subnormal inputs and middles are not flushed. In bf16 on a CPU all those of an operand of a
+    product may count as zero: the result is right, or that of zeros in their place, and nothing between."""
     x, v, u, _ = numbers(2)
     v[:] = 0
     x[0, 0] = float("inf")
@@ -227,6 +228,15 @@ def class_19_zeros_and_subnormals(op):
         x = torch.full((1, 1), tiny / 4, dtype=dtype)
         one, large = torch.ones(1, 1, dtype=dtype), torch.full((1, 1), 2.0**10, dtype=dtype)
         assert op(x, one, large).item() == tiny * 2.0**8
+    tiny = torch.finfo(torch.bfloat16).smallest_normal
+    mixed, ones, one = torch.tensor([[0.25, 0.5, 1.0]]).repeat(1, 14) * tiny, torch.ones(1, 42), torch.ones(1, 1)
+    small = torch.full((1, 1), 2.0**-64)
+    either_way = {24.5 * tiny * 2.0**20, 14 * tiny * 2.0**20}  # 14 times 1.75; 14 times 1
+    cases = [(mixed, ones, one * 2.0**20, either_way), (ones, mixed, one * 2.0**20, either_way),
+             (one, ones.T * 2.0**20, mixed, either_way), (small, small, one * 2.0**20, {tiny / 4 * 2.0**20, 0.0})]
+    for m, (x, v, u, allowed) in product((1, 2, 3, 4, 5, 16, 17), cases):
+        y = op(*(t.bfloat16() for t in (x.repeat(m, 1), v, u)))
+        assert set(y.flatten().tolist()) <= allowed and y.unique().numel() == 1, (m, y, allowed)
 
 
 def class_20_overflowing_middle(op):

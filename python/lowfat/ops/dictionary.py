@@ -9,7 +9,8 @@ p = ceil(k / Q) inputs and ceil(n / P) outputs of a block: sizes that the blocks
 
 support says which atoms a row keeps; its dtype, in what form. Values are in ascending order of the atoms within each block.
 int32 [n, Q ceil(a / 32)]: a bitmap for each block (see bitmap.py). int16 [n, Q s]: the atoms' numbers, strictly ascending
-within each block; then a is at most 32767. What is not kept is skipped or multiplied by zero, as suits the kernel."""
+within each block; then a is at most 32767. What is not kept is skipped or multiplied by zero, as suits the kernel.
+In bf16 on a CPU, subnormal inputs, middles and sums may count as zero."""
 from math import ceil, prod
 
 import torch

@@ -8,7 +8,8 @@ p = ceil(k / b_in) and s = ceil(n / b_out): sizes that the blocks do not divide 
     y[o] = h[o] u[o]^T + bias               [m, s]
 
 Output block o owns the outputs o, o + b_out, o + 2 b_out ... (interleave: Monarch), or the o-th run of s (block-wise low rank).
-Input block i and output block o share a matrix of rank r, u[o][:, i r:(i + 1) r] v[i][o::b_out]."""
+Input block i and output block o share a matrix of rank r, u[o][:, i r:(i + 1) r] v[i][o::b_out].
+In bf16 on a CPU, subnormal inputs, middles and sums may count as zero."""
 from math import ceil, prod
 
 import torch

@@ -3,7 +3,7 @@
 x [..., k]   values [n, k kept / group]   mask [n, ceil(k / 32)] int32   bias [n]   y [..., n]
 mask: a bitmap of the kept inputs of each row (see bitmap.py); values of a row in ascending order of the inputs.
 What is not kept is skipped or multiplied by zero, as suits the kernel: Inf or NaN in x reaches at least the outputs that
-keep its input, and no other token's."""
+keep its input, and no other token's. In bf16 on a CPU, subnormal inputs and sums may count as zero."""
 from math import prod
 
 import torch
