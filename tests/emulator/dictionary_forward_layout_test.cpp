@@ -88,7 +88,7 @@ void plans_keep_their_limits(uint64_t) {
         for (int a : {8, 384, 1000, 2048}) {
           for (int s : {1, a / 11 + 1, a / 2, a}) {
             for (int k : {8, 768, 4096}) {
-              for (int n : {8, 768, 4096, 14336, 128256}) {
+              for (int n : {8, 768, 4096, 14336, 128256, 1 << 20}) {
                 const ForwardPlan plan = plan_forward(m, n, k, a, s, sm_count, limit);
                 const Row row{a, s};
                 if (plan.token_tiles == 0) {
