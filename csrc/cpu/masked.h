@@ -1,8 +1,8 @@
 // Masked products, written once over a vector type V and over Expand, which spreads what a mask keeps to where it belongs.
 //
-// For one or two rows of x w goes by once, in the order in which it lies in memory, without chunks: so few rows of x are in
-// the L1 cache or come from L2 as fast as w comes from memory, and one long run of values with one of the mask beside it is
-// what hardware prefetches best. For more, multiply.h spreads a tile as it goes and keeps it for later passes.
+// For up to four rows of x (kStreamTokens) w goes by once, in the order in which it lies in memory, without chunks: so few
+// rows are in the L1 cache or come from L2 as fast as w comes from memory, and one long run of values with one of the mask
+// beside it is what hardware prefetches best. For more, multiply.h spreads a tile as it goes and keeps it for later passes.
 #pragma once
 
 #include "cpu/multiply.h"
