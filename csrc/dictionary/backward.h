@@ -17,16 +17,6 @@ constexpr int sparse_needs(int needs) {
          (needs & kNeedsDb ? sparse24::kNeedsDb : 0);
 }
 
-struct MarkOperands {
-  const int16_t* positions;  // [rows, stored], ascending
-  uint32_t* mask;            // [rows, words]
-  int64_t rows;              // of all blocks
-  int words, stored;
-};
-
-// The bitmap of positions. Returns null, or what CUDA says is wrong.
-const char* launch_mark(const MarkOperands& operands, int sm_count, void* stream);
-
 // The plan of a call, with tile 0 where the library does it: see sparse24's.
 inline sparse24::BackwardPlan choose_backward(const Problem& p, int needs) {
   if (!sparse24::has_backward_kernels(p)) return {};

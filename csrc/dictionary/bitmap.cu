@@ -6,10 +6,11 @@
 // Positions that are wrong set the wrong bits, or none; nothing outside is read or written.
 //
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
-#include "dictionary/backward.h"
+#include "dictionary/bitmap.h"
 
 #include "device/launch.h"
 #include "device/load.h"
+#include "sparse24/backward_layout.h"
 
 namespace dictionary {
 
@@ -18,7 +19,7 @@ struct MarkConfig {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads) backward_mark(const __grid_constant__ MarkOperands p) {
+__global__ void __launch_bounds__(Config::kThreads) mark_bitmap(const __grid_constant__ MarkOperands p) {
   const int64_t count = p.rows * p.words, stride = int64_t{gridDim.x} * Config::kThreads;
   for (int64_t i = int64_t{blockIdx.x} * Config::kThreads + threadIdx.x; i < count; i += stride) {
     const int16_t* positions = p.positions + i / p.words * p.stored;
@@ -48,7 +49,7 @@ const char* launch_mark(const MarkOperands& operands, int sm_count, void* stream
   shape.grid = dim3(static_cast<unsigned>(blocks < 8 * sm_count ? blocks : 8 * sm_count));
   shape.threads = MarkConfig::kThreads;
   shape.stream = stream;
-  return device::launch(backward_mark<MarkConfig>, shape, operands);
+  return device::launch(mark_bitmap<MarkConfig>, shape, operands);
 }
 
 }  // namespace dictionary

@@ -2,11 +2,12 @@
 // want.
 #pragma once
 
-#include "dictionary/backward.h"
+#include "dictionary/bitmap.h"
 #include "dictionary/forward.h"
 #include "host/cuda_launch.h"
 #include "host/gpu.h"
 #include "monarch/library.h"
+#include "sparse24/dense.h"
 
 namespace dictionary {
 

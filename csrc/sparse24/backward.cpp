@@ -12,6 +12,7 @@
 #include "host/cuda_launch.h"
 #include "host/cuda_stream.h"
 #include "host/gpu.h"
+#include "sparse24/dense.h"
 #include "sparse24/forward.h"
 
 namespace sparse24 {

@@ -29,20 +29,6 @@ struct BackwardOperands {
 const char* launch_backward(const BackwardPlan& plan, const BackwardOperands& operands, Dtype dtype, int sm_count,
                             void* stream);
 
-// The same by the library needs the factor with its zeros, and of its dense gradient what is kept (backward_dense.cu). Any
-// dtype, as its elements' bytes: 2, 4 or 8.
-struct DenseOperands {
-  const void* from;      // values [rows, stored]; or dense [rows, columns]
-  void* to;              // the other one
-  const uint32_t* mask;  // [rows, words]
-  int64_t rows;          // of all blocks
-  int columns, stored;
-};
-
-// Return null, or what CUDA says is wrong.
-const char* launch_expand_dense(const DenseOperands& operands, int element_bytes, int sm_count, void* stream);
-const char* launch_select_dense(const DenseOperands& operands, int element_bytes, int sm_count, void* stream);
-
 constexpr int64_t kBackwardRows = 64;  // m from which the kernels are used
 
 // The kernels have NEVER RUN ON A GPU, and no speed is claimed: until somebody has measured, they take the shapes where a

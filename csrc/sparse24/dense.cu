@@ -1,4 +1,4 @@
-// A sparse factor with its zeros, and of a dense matrix what a bitmap keeps: for the gradients that the library computes.
+// A sparse factor with its zeros, and of a dense matrix what a bitmap keeps: for products of the library.
 //
 //   values [rows, stored]   mask [rows, words]   dense [rows, columns]      any dtype: only moved
 //
@@ -10,7 +10,8 @@
 #include "device/bits.h"
 #include "device/launch.h"
 #include "device/load.h"
-#include "sparse24/backward.h"
+#include "sparse24/backward_layout.h"
+#include "sparse24/dense.h"
 
 namespace sparse24 {
 
@@ -23,7 +24,7 @@ struct DenseConfig {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads) backward_dense(const __grid_constant__ DenseOperands p) {
+__global__ void __launch_bounds__(Config::kThreads) move_dense(const __grid_constant__ DenseOperands p) {
   using Element = typename Config::Element;
   const int lane = device::lane_index(), words = parts_of(p.columns, kWordBits);
   for (int64_t row = int64_t{blockIdx.x} * Config::kWarps + device::warp_index(); row < p.rows;
@@ -57,7 +58,7 @@ const char* launch_dense(const DenseOperands& operands, int sm_count, void* stre
   shape.grid = dim3(static_cast<unsigned>(blocks < 8 * sm_count ? blocks : 8 * sm_count));
   shape.threads = Config::kThreads;
   shape.stream = stream;
-  return device::launch(backward_dense<Config>, shape, operands);
+  return device::launch(move_dense<Config>, shape, operands);
 }
 
 template <bool kIntoDense>

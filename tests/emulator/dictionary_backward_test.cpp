@@ -1,12 +1,13 @@
 // The gradients of a dictionary's coefficients in the emulator: the bitmap of positions, and that gradients by it are those
 // that the positions say. The products themselves are tested over bitmaps, in blocks, in sparse24_backward_test.cpp.
-#include "dictionary/backward.cu"
+#include "dictionary/bitmap.cu"
 #include "low_rank/backward.cu"
 #include "sparse24/backward.cu"
 
 #include <random>
 
 #include "check.h"
+#include "dictionary/backward.h"
 #include "gradient_truth.h"
 
 namespace {

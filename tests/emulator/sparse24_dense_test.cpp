@@ -1,5 +1,5 @@
 // A sparse factor with its zeros and back, in the emulator: elements of every size, any pattern; and masks that are wrong.
-#include "sparse24/backward_dense.cu"
+#include "sparse24/dense.cu"
 
 #include <random>
 

@@ -1,10 +1,10 @@
 """Bugs planted in what the gradients of a dictionary add to those of a sparse factor (sparse24_backward.py)."""
 from .mutant import Mutant
 
-KERNEL = "csrc/dictionary/backward.cu"
-DENSE = "csrc/sparse24/backward_dense.cu"
+KERNEL = "csrc/dictionary/bitmap.cu"
+DENSE = "csrc/sparse24/dense.cu"
 TEST = "dictionary_backward_test"
-DENSE_TEST = "sparse24_backward_dense_test"
+DENSE_TEST = "sparse24_dense_test"
 
 MUTANTS = [
     Mutant("mark: looks behind the first position of a word", KERNEL, "device::load(positions + middle) < first",
