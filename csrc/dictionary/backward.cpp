@@ -15,7 +15,6 @@
 namespace dictionary {
 namespace {
 
-using monarch::permuted, monarch::shaped;
 using torch::stable::matmul, torch::stable::transpose;
 
 CallCounter kernel_calls("dictionary_backward", "cuda", "kernels"), library_calls("dictionary_backward", "cuda", "library");
@@ -148,7 +147,7 @@ Gradients dictionary_backward_cuda(const Tensor& dy_any, const Tensor& x_any, co
   const Tensor mask = on.bitmap(in.support);
   Inner inner = plan.tile == 0 || needs == 0 ? library(on, in, mask, needs) : kernels(on, plan, in, mask, needs);
   Tensor dx = wanted(s, needs & kNeedsDx, [&] { return input_gradient(s, inner.dh, in.d); });
-  if (needs & kNeedsDx && x_any.dim() != 2) dx = torch::stable::view(dx, x_any.sizes());
+  if (needs & kNeedsDx) dx = shaped_like(dx, x_any);
   return {std::move(dx), wanted(s, needs & kNeedsDd, [&] { return dictionary_gradient(s, inner.dh, in.x); }),
           std::move(inner.dvalues), std::move(inner.db)};
 }

@@ -68,25 +68,17 @@ Result library(const Launches& on, const Arguments& in, const Tensor& mask) {
   if (s.n > 0 && s.a > 0) on.done(sparse24::launch_expand_dense(operands, bytes, on.gpu.sm_count, on.stream));
   const int64_t more[] = {0, 0, 0, s.b_out * s.rows() - s.n};  // up to whole blocks
   const Tensor all = more[3] == 0 ? rows : torch::stable::pad(rows, more);
-  const Tensor codes = torch::stable::transpose(monarch::shaped(all, {s.b_out, s.rows(), s.middle()}), 1, 2);
+  const Tensor codes = torch::stable::transpose(shaped(all, {s.b_out, s.rows(), s.middle()}), 1, 2);
   Tensor blocks = empty(s.kind, {s.b_out, s.m, s.rows()});
   if (in.bias) {  // added before the only rounding
     STD_TORCH_CHECK(&aoti_torch_cuda_baddbmm_out != nullptr, "dictionary: this torch has no CUDA support");
-    const Tensor added = split_outputs(s, monarch::shaped(*in.bias, {1, s.n}));
+    const Tensor added = split_outputs(s, shaped(*in.bias, {1, s.n}));
     TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_baddbmm_out(blocks.get(), added.get(), h.get(), codes.get(), 1, 1));
   } else {
     blocks = torch::stable::matmul(h, codes);
   }
-  Tensor y = monarch::shaped(torch::stable::transpose(blocks, 0, 1), {s.m, s.b_out * s.rows()});
+  Tensor y = shaped(torch::stable::transpose(blocks, 0, 1), {s.m, s.b_out * s.rows()});
   return {as_contiguous(torch::stable::narrow(y, 1, 0, s.n)), std::move(h)};
-}
-
-Tensor shaped_like(const Tensor& y, const Tensor& x) {
-  if (x.dim() == 2) return y;
-  const auto x_sizes = x.sizes();
-  monarch::Dimensions sizes(x_sizes.begin(), x_sizes.end());
-  sizes.back() = y.size(1);
-  return torch::stable::view(y, sizes);
 }
 
 Result forward_cuda(const Tensor& x, const Tensor& d, const Tensor& values, const Tensor& support,

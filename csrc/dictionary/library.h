@@ -6,25 +6,24 @@
 #include "dictionary/forward.h"
 #include "host/cuda_launch.h"
 #include "host/gpu.h"
-#include "monarch/library.h"
 #include "sparse24/dense.h"
 
 namespace dictionary {
 
 // [m, k] -> [Q, m, p]
 inline Tensor split_inputs(const Call& s, const Tensor& x) {
-  return torch::stable::transpose(monarch::shaped(monarch::padded(x, s.b_in * s.p), {s.m, s.b_in, s.p}), 0, 1);
+  return torch::stable::transpose(shaped(padded(x, s.b_in * s.p), {s.m, s.b_in, s.p}), 0, 1);
 }
 
 // [rows, n] -> [P, rows, those of a block]
 inline Tensor split_outputs(const Call& s, const Tensor& rows) {
-  const Tensor all = monarch::padded(rows, s.b_out * s.rows());
-  return torch::stable::transpose(monarch::shaped(all, {rows.size(0), s.b_out, s.rows()}), 0, 1);
+  const Tensor all = padded(rows, s.b_out * s.rows());
+  return torch::stable::transpose(shaped(all, {rows.size(0), s.b_out, s.rows()}), 0, 1);
 }
 
 inline Tensor middle_of(const Call& s, const Tensor& blocks_x, const Tensor& d) {
   const Tensor blocks = torch::stable::matmul(blocks_x, torch::stable::transpose(d, 2, 3));  // [P, Q, m, a]
-  return as_contiguous(monarch::shaped(torch::stable::transpose(blocks, 1, 2), {s.b_out, s.m, s.middle()}));
+  return as_contiguous(shaped(torch::stable::transpose(blocks, 1, 2), {s.b_out, s.m, s.middle()}));
 }
 
 // What both ways of a call need: where it launches, and for whom.
@@ -46,7 +45,5 @@ struct Launches {
     return mask;
   }
 };
-
-inline const uint32_t* words_of(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
 
 }  // namespace dictionary

@@ -14,6 +14,7 @@
 #include "host/op_table.h"
 
 using Tensor = torch::stable::Tensor;
+using Dimensions = std::vector<int64_t>;
 
 // torch's own codes, not Tensor::scalar_type() and device(): those pull in functions that only newer torch has, and
 // cost more.
@@ -48,8 +49,8 @@ inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : to
 
 // Uninitialized and contiguous. This function of the C shim allocates directly: 0.3 us, where new_empty through the dispatcher
 // takes 1.5.
-inline Tensor empty(const Kind& kind, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
+inline Tensor empty(const Kind& kind, const Dimensions& sizes) {
+  Dimensions strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
   AtenTensorHandle made = nullptr;
@@ -66,13 +67,15 @@ inline Tensor floats(Kind kind, int64_t count) {
 
 inline float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-// As empty, with the shape of `like` but `last` as its last size.
-inline Tensor empty_rows(const Tensor& like, const Kind& kind, int64_t last) {
+// The sizes of `like` with `last` as the last one.
+inline Dimensions sizes_like(const Tensor& like, int64_t last) {
   const auto like_sizes = like.sizes();
-  std::vector<int64_t> sizes(like_sizes.begin(), like_sizes.end());
+  Dimensions sizes(like_sizes.begin(), like_sizes.end());
   sizes.back() = last;
-  return empty(kind, sizes);
+  return sizes;
 }
+
+inline Tensor empty_rows(const Tensor& like, const Kind& kind, int64_t last) { return empty(kind, sizes_like(like, last)); }
 
 // Rows of x when its leading dimensions are flattened. Not numel / k: k may be 0.
 inline int64_t rows_of(const Tensor& x) {
@@ -85,6 +88,8 @@ inline int64_t rows_of(const Tensor& x) {
 // What kernels that load 16 bytes at a time need of an operand's start.
 inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
+inline const uint32_t* words_of(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
+
 // bf16 or fp16, as kernels take them.
 inline const uint16_t* elements(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 
@@ -95,6 +100,27 @@ Tensor call_torch(const char* op, const char* overload, const Arguments&... argu
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+
+// --- torch's own views and copies, as the references have them ---
+
+inline Tensor shaped(const Tensor& t, const Dimensions& sizes) { return torch::stable::reshape(t, sizes); }
+
+// Rows [m, last] with the leading sizes of `like`.
+inline Tensor shaped_like(const Tensor& rows, const Tensor& like) {
+  return like.dim() == 2 ? rows : torch::stable::view(rows, sizes_like(like, rows.size(1)));
+}
+
+inline Tensor permuted(const Tensor& t, const Dimensions& order) {
+  return call_torch("aten::permute", "", t, torch::headeronly::IntHeaderOnlyArrayRef(order));
+}
+
+// Zeros behind the columns of rows.
+inline Tensor padded(const Tensor& rows, int64_t columns) {
+  const int64_t more[] = {0, columns - rows.size(1)};
+  return more[1] == 0 ? rows : torch::stable::pad(rows, more);
+}
+
+// --- its arithmetic ---
 
 // a + b, not for whole numbers: the stable ABI cannot pass a number to torch's own sum, and this difference takes a double.
 inline Tensor add(const Tensor& a, const Tensor& b) { return torch::stable::subtract(a, b, -1); }

@@ -56,10 +56,6 @@ struct Arguments {
   }
 };
 
-Tensor shaped_like(const Tensor& dx, const Tensor& x) {
-  return x.dim() == 2 ? dx : torch::stable::view(dx, x.sizes());
-}
-
 // What the reference does, by torch's own products.
 Gradients library(const Sizes& s, const Arguments& in, const Tensor& x, int64_t needs) {
   library_calls.count();

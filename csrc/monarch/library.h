@@ -1,24 +1,9 @@
 // Permutations around the library's batched products, as the reference has them: by torch's own views and copies.
 #pragma once
 
-#include <vector>
-
 #include "monarch/forward.h"
 
 namespace monarch {
-
-using Dimensions = std::vector<int64_t>;
-
-inline Tensor padded(const Tensor& rows, int64_t columns) {
-  const int64_t more[] = {0, columns - rows.size(1)};
-  return more[1] == 0 ? rows : torch::stable::pad(rows, more);
-}
-
-inline Tensor permuted(const Tensor& t, const Dimensions& order) {
-  return call_torch("aten::permute", "", t, torch::headeronly::IntHeaderOnlyArrayRef(order));
-}
-
-inline Tensor shaped(const Tensor& t, const Dimensions& sizes) { return torch::stable::reshape(t, sizes); }
 
 inline Tensor times_transposed(const Tensor& a, const Tensor& w) {
   return torch::stable::matmul(a, torch::stable::transpose(w, 1, 2));

@@ -52,13 +52,6 @@ Results library(const Call& s, const Arguments& in) {
   return {join_outputs(s, y), h};
 }
 
-Tensor shaped_like(const Tensor& y, const Tensor& x) {
-  const auto x_sizes = x.sizes();
-  Dimensions sizes(x_sizes.begin(), x_sizes.end());
-  sizes.back() = y.size(1);
-  return x.dim() == 2 ? y : torch::stable::view(y, sizes);
-}
-
 // --- the op ---
 
 // wants_h: else h may come back empty.

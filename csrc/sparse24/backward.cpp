@@ -43,20 +43,14 @@ struct Arguments {
         x(torch::stable::view(as_contiguous(x_any), {s.m, s.k})),
         values(as_contiguous(values_any)),
         mask(as_contiguous(mask_any)) {}
-
-  const uint32_t* words() const { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
 };
-
-Tensor shaped_like(const Tensor& dx, const Tensor& x) {
-  return x.dim() == 2 ? dx : torch::stable::view(dx, x.sizes());
-}
 
 // What the reference does: by torch's own products, of the dense weight.
 Gradients library(const Call& s, const Arguments& in, const Tensor& x, int64_t needs, const Gpu& gpu, void* stream) {
   library_calls.count();
   const auto moved = [&](const auto& launch, const Tensor& from, int64_t columns) {
     const Tensor to = empty(s.kind, {s.n, columns});
-    const DenseOperands operands{from.const_data_ptr(), to.mutable_data_ptr(), in.words(), s.n, static_cast<int>(s.k),
+    const DenseOperands operands{from.const_data_ptr(), to.mutable_data_ptr(), words_of(in.mask), s.n, static_cast<int>(s.k),
                                  static_cast<int>(s.stored())};
     const int bytes = s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2;
     if (s.n > 0 && s.k > 0) check_launch("sparse24_backward", launch(operands, bytes, gpu.sm_count, stream), gpu.arch);
@@ -102,7 +96,7 @@ Gradients sparse24_backward_cuda(const Tensor& dy_any, const Tensor& x_any, cons
   const auto to = [](const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); };
   const auto size = [](int64_t value) { return static_cast<int>(value); };
   const BackwardOperands operands{
-      elements(in.dy), elements(in.x), elements(in.values), in.words(), static_cast<int32_t*>(starts.mutable_data_ptr()),
+      elements(in.dy), elements(in.x), elements(in.values), words_of(in.mask), static_cast<int32_t*>(starts.mutable_data_ptr()),
       float_data(partials), to(dx), to(dvalues), to(db),
       {size(s.m), size(s.n), size(s.k), 1, 1, size(s.stored()), size(kept), size(group)}, size(needs)};
   check_launch("sparse24_backward", launch_backward(plan, operands, s.dtype, gpu.sm_count, stream), gpu.arch);

@@ -15,8 +15,6 @@ CallCounter decode_calls("sparse24", "cpu", "decode"), library_calls("sparse24",
 
 constexpr int64_t kTaskNumbers = 1 << 16;  // written by a thread, at least
 
-const uint32_t* words_of(const Tensor& mask) { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
-
 // Contiguous: the same bits for every layout of the same values, on whichever path.
 struct Operands {
   Tensor x, values, mask;
