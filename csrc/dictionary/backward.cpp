@@ -69,19 +69,12 @@ Tensor wanted(const Call& s, bool is_needed, const Gradient& gradient) {
 Inner library(const Launches& on, const Arguments& in, const Tensor& mask, int64_t needs) {
   library_calls.count();
   const Call& s = on.s;
+  const sparse24::SparseFactor coefficients = on.coefficients(mask);
   const Tensor blocks_dy = split_outputs(s, in.dy);
-  const auto moved = [&](const auto& launch, const Tensor& from, int64_t columns) {
-    const Tensor to = empty(s.kind, {s.n, s.b_in * columns});
-    const sparse24::DenseOperands operands{from.const_data_ptr(), to.mutable_data_ptr(), words_of(mask), s.n * s.b_in,
-                                           static_cast<int>(s.a), static_cast<int>(s.s)};
-    const int bytes = s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2;
-    if (s.n > 0 && s.a > 0) on.done(launch(operands, bytes, on.gpu.sm_count, on.stream));
-    return to;
-  };
   const int64_t rows[] = {0}, more[] = {0, 0, 0, s.b_out * s.rows() - s.n};  // of s: up to whole blocks
   return {wanted(s, needs & kNeedsDh,
                  [&] {
-                   const Tensor codes = moved(sparse24::launch_expand_dense, in.values, s.a);
+                   const Tensor codes = coefficients.expanded(in.values);
                    const Tensor whole = more[3] == 0 ? codes : torch::stable::pad(codes, more);
                    return matmul(blocks_dy, shaped(whole, {s.b_out, s.rows(), s.middle()}));
                  }),
@@ -89,7 +82,7 @@ Inner library(const Launches& on, const Arguments& in, const Tensor& mask, int64
                  [&] {
                    const Tensor blocks = matmul(transpose(blocks_dy, 1, 2), *in.h);
                    Tensor all = shaped(blocks, {s.b_out * s.rows(), s.middle()});
-                   return moved(sparse24::launch_select_dense, as_contiguous(torch::stable::narrow(all, 0, 0, s.n)), s.s);
+                   return coefficients.selected(as_contiguous(torch::stable::narrow(all, 0, 0, s.n)));
                  }),
           wanted(s, needs & kNeedsDb, [&] { return torch::stable::sum(in.dy, rows); })};
 }

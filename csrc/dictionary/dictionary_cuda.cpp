@@ -60,12 +60,9 @@ bool decode(const Launches& on, const Arguments& in, const Tensor& mask, const F
 Result library(const Launches& on, const Arguments& in, const Tensor& mask) {
   library_calls.count();
   const Call& s = on.s;
+  const sparse24::SparseFactor coefficients = on.coefficients(mask);
   Tensor h = middle_of(s, split_inputs(s, in.x), in.d);
-  const Tensor rows = empty(s.kind, {s.n, s.middle()});
-  const sparse24::DenseOperands operands{in.values.const_data_ptr(), rows.mutable_data_ptr(), words_of(mask),
-                                         s.n * s.b_in, static_cast<int>(s.a), static_cast<int>(s.s)};
-  const int bytes = s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2;
-  if (s.n > 0 && s.a > 0) on.done(sparse24::launch_expand_dense(operands, bytes, on.gpu.sm_count, on.stream));
+  const Tensor rows = coefficients.expanded(in.values);
   const int64_t more[] = {0, 0, 0, s.b_out * s.rows() - s.n};  // up to whole blocks
   const Tensor all = more[3] == 0 ? rows : torch::stable::pad(rows, more);
   const Tensor codes = torch::stable::transpose(shaped(all, {s.b_out, s.rows(), s.middle()}), 1, 2);

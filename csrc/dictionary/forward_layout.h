@@ -86,7 +86,7 @@ LOWFAT_CONSTEXPR ForwardPlan plan_forward(int64_t m, int64_t n, int64_t k, int64
   plan.grid = larger(low_rank::blocks_for(row_tiles * plan.splits, sm_count), low_rank::blocks_for(column_tiles, sm_count));
   plan.at_once = parts_of(column_tiles, plan.grid);
   plan.buffers = 1;
-  const int most = larger(1, smem_limit / row.tile_bytes());  // no more fit alone; and all of a few blocks' is past 2^31 bytes
+  const int most = larger(1, smem_limit / row.tile_bytes());  // no more fit alone; bytes of all a block has may pass 2^31
   if (plan.at_once > most) plan.at_once = most, plan.buffers = 2;
   const int token_tiles = m <= kTokenTile ? 1 : 2;
   while (forward_memory(token_tiles, row, plan.at_once, plan.buffers).bytes > smem_limit) {

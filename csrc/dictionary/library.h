@@ -6,7 +6,7 @@
 #include "dictionary/forward.h"
 #include "host/cuda_launch.h"
 #include "host/gpu.h"
-#include "sparse24/dense.h"
+#include "sparse24/library.h"
 
 namespace dictionary {
 
@@ -35,9 +35,14 @@ struct Launches {
 
   void done(const char* error) const { check_launch(op, error, gpu.arch); }
 
+  sparse24::SparseFactor coefficients(const Tensor& mask) const {
+    return sparse24::checked({op, s.kind, s.dtype, mask, s.n, s.b_in, s.a, s.s, gpu, stream});
+  }
+
   Tensor bitmap(const Tensor& support) const {
     if (s.is_bitmap) return support;
     const Tensor mask = floats(s.kind, s.n * s.b_in * s.words());  // a word for each float
+    // positions are int16: of no more atoms, so that words and s fit an int
     const MarkOperands operands{static_cast<const int16_t*>(support.const_data_ptr()),
                                 static_cast<uint32_t*>(mask.mutable_data_ptr()), s.n * s.b_in,
                                 static_cast<int>(s.words()), static_cast<int>(s.s)};

@@ -12,8 +12,8 @@
 #include "host/cuda_launch.h"
 #include "host/cuda_stream.h"
 #include "host/gpu.h"
-#include "sparse24/dense.h"
 #include "sparse24/forward.h"
+#include "sparse24/library.h"
 
 namespace sparse24 {
 namespace {
@@ -48,25 +48,16 @@ struct Arguments {
 // What the reference does: by torch's own products, of the dense weight.
 Gradients library(const Call& s, const Arguments& in, const Tensor& x, int64_t needs, const Gpu& gpu, void* stream) {
   library_calls.count();
-  const auto moved = [&](const auto& launch, const Tensor& from, int64_t columns) {
-    const Tensor to = empty(s.kind, {s.n, columns});
-    const DenseOperands operands{from.const_data_ptr(), to.mutable_data_ptr(), words_of(in.mask), s.n, static_cast<int>(s.k),
-                                 static_cast<int>(s.stored())};
-    const int bytes = s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2;
-    if (s.n > 0 && s.k > 0) check_launch("sparse24_backward", launch(operands, bytes, gpu.sm_count, stream), gpu.arch);
-    return to;
-  };
+  const SparseFactor weight =
+      checked({"sparse24_backward", s.kind, s.dtype, in.mask, s.n, 1, s.k, s.stored(), gpu, stream});
   const auto wanted = [&](int need, const auto& gradient) { return needs & need ? gradient() : empty(s.kind, {0}); };
   const int64_t rows[] = {0};
   return {wanted(kNeedsDx,
-                 [&] {
-                   const Tensor weight = moved(launch_expand_dense, in.values, s.k);
-                   return shaped_like(torch::stable::matmul(in.dy, weight), x);
-                 }),
+                 [&] { return shaped_like(torch::stable::matmul(in.dy, weight.expanded(in.values)), x); }),
           wanted(kNeedsDvalues,
                  [&] {
                    const Tensor dense = torch::stable::matmul(torch::stable::transpose(in.dy, 0, 1), in.x);
-                   return moved(launch_select_dense, as_contiguous(dense), s.stored());
+                   return weight.selected(as_contiguous(dense));
                  }),
           wanted(kNeedsDb, [&] { return torch::stable::sum(in.dy, rows); })};
 }
@@ -96,8 +87,8 @@ Gradients sparse24_backward_cuda(const Tensor& dy_any, const Tensor& x_any, cons
   const auto to = [](const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); };
   const auto size = [](int64_t value) { return static_cast<int>(value); };
   const BackwardOperands operands{
-      elements(in.dy), elements(in.x), elements(in.values), words_of(in.mask), static_cast<int32_t*>(starts.mutable_data_ptr()),
-      float_data(partials), to(dx), to(dvalues), to(db),
+      elements(in.dy), elements(in.x), elements(in.values), words_of(in.mask),
+      static_cast<int32_t*>(starts.mutable_data_ptr()), float_data(partials), to(dx), to(dvalues), to(db),
       {size(s.m), size(s.n), size(s.k), 1, 1, size(s.stored()), size(kept), size(group)}, size(needs)};
   check_launch("sparse24_backward", launch_backward(plan, operands, s.dtype, gpu.sm_count, stream), gpu.arch);
   if (needs & kNeedsDx) dx = shaped_like(dx, x_any);

@@ -6,6 +6,8 @@
 
 namespace sparse24 {
 
+constexpr int64_t kDenseMaxColumns = 1 << 30;  // places in a row are counted in 32 bits
+
 // Of any dtype, as its elements' bytes: 2, 4 or 8.
 struct DenseOperands {
   const void* from;      // values [rows, stored]; or dense [rows, columns]

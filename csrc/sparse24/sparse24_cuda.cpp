@@ -9,8 +9,8 @@
 #include "host/cuda_launch.h"
 #include "host/cuda_stream.h"
 #include "host/gpu.h"
-#include "sparse24/dense.h"
 #include "sparse24/forward.h"
+#include "sparse24/library.h"
 
 namespace sparse24 {
 namespace {
@@ -52,12 +52,9 @@ bool decode(const Call& s, const Arguments& in, const ForwardPlan& plan, const G
 // torch's own product, of the weight with its zeros.
 Tensor library(const Call& s, const Arguments& in, const Gpu& gpu, void* stream) {
   library_calls.count();
-  const Tensor weight = empty(s.kind, {s.n, s.k});
-  const DenseOperands operands{in.values.const_data_ptr(), weight.mutable_data_ptr(), in.words(), s.n,
-                               static_cast<int>(s.k), static_cast<int>(s.stored())};
-  const int bytes = s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2;
-  if (s.n > 0 && s.k > 0) check_launch("sparse24", launch_expand_dense(operands, bytes, gpu.sm_count, stream), gpu.arch);
-  return library_linear(in.x, weight, in.bias);
+  const SparseFactor weight =
+      checked({"sparse24", s.kind, s.dtype, in.mask, s.n, 1, s.k, s.stored(), gpu, stream});
+  return library_linear(in.x, weight.expanded(in.values), in.bias);
 }
 
 Tensor sparse24_cuda(const Tensor& x, const Tensor& values, const Tensor& mask, const std::optional<Tensor>& bias,

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 import gates
-from lowfat.ops.bitmap import WORD, expand, pack, places, unpack, words
+from lowfat.errors import ShapeError
+from lowfat.ops import dictionary, sparse24
+from lowfat.ops.bitmap import MAX_ON_GPU, WORD, check_entries, expand, pack, places, unpack, words
 
 SIZES = [0, 1, 3, 31, 32, 33, 64, 70, 128, 200]
 
@@ -58,3 +60,26 @@ def test_any_bits_stay_within_bounds(word, size, count):
         assert expand(values, kept).shape == (4, size)
         found = places(kept, count)
         assert ((found >= 0) & (found < size)).all()
+
+
+def test_more_entries_than_a_gpu_counts_are_named():
+    for device, entries in (("cuda", MAX_ON_GPU), ("cpu", MAX_ON_GPU + 4)):
+        check_entries("sparse24", torch.device(device), entries)
+    with pytest.raises(ShapeError, match="sparse24: the sparse factor has 1073741828 columns, a GPU takes 1073741824"):
+        check_entries("sparse24", torch.device("cuda"), MAX_ON_GPU + 4)
+
+
+@pytest.mark.gpu
+def test_more_entries_than_a_gpu_counts_are_refused():
+    """Of no rows, so that only x is long: 2 GB."""
+    entries, half = MAX_ON_GPU + 4, dict(dtype=torch.float16, device="cuda")
+    x, mask = torch.empty(1, entries, **half), torch.empty(0, words(entries), dtype=torch.int32, device="cuda")
+    values = torch.empty(0, entries // 2, **half)
+    for call in (sparse24, lambda *args: dictionary(x[:, :0], torch.empty(1, 1, entries, 0, **half), *args[1:])):
+        with pytest.raises(ShapeError, match="the sparse factor has 1073741828 columns"):
+            call(x, values, mask)
+    calls = (lambda: torch.ops.lowfat.sparse24(x, values, mask, None, 2, 4),
+             lambda: torch.ops.lowfat.sparse24_backward(x[:, :0], x, values, mask, 0b1011, 2, 4))
+    for call in calls:
+        with pytest.raises(RuntimeError, match="the sparse factor has 1073741828 columns"):
+            call()

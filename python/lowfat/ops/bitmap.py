@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errors import ShapeError
+
 WORD = 32
+MAX_ON_GPU = 2**30  # entries of a row: compiled code counts them in 32 bits
 
 
 def words(entries: int) -> int:
     return -(-entries // WORD)
+
+
+def check_entries(op: str, device: torch.device, entries: int) -> None:
+    """Raise ShapeError where a row of the sparse factor has more entries than a GPU counts."""
+    if device.type == "cuda" and entries > MAX_ON_GPU:
+        raise ShapeError(f"{op}: the sparse factor has {entries} columns, a GPU takes {MAX_ON_GPU} at most")
 
 
 def pack(kept: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import IndexRangeError, ShapeError
 from ._kinds import check_kinds
 from ._library import CHECKS_INDICES, autocast, below_autograd, define, differentiable, in_transform, refuse
-from .bitmap import WORD, expand, places, unpack, words
+from .bitmap import WORD, check_entries, expand, places, unpack, words
 from .monarch import join_inputs, join_outputs, split_inputs, split_outputs
 
 OP = "dictionary"
@@ -34,6 +34,7 @@ def check(x: Tensor, d: Tensor, values: Tensor, support: Tensor, bias: Tensor | 
     if d.dim() != 4 or min(d.shape[:2]) < 1:
         raise ShapeError(f"{OP}: d {list(d.shape)} must be [P, Q, a, p], with at least one block")
     p_out, q, a, p = d.shape
+    check_entries(OP, x.device, a)
     if x.dim() < 1 or ceil(x.shape[-1] / q) != p:
         raise ShapeError(f"{OP}: x {list(x.shape)} must have {q * p} features, or up to {q - 1} less: {q} blocks of {p} "
                          f"(d {list(d.shape)})")

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from ..errors import IndexRangeError, ShapeError
 from ._kinds import check_kinds
 from ._library import CHECKS_INDICES, autocast, below_autograd, define, differentiable, in_transform, refuse
-from .bitmap import WORD, expand, places, unpack, words
+from .bitmap import WORD, check_entries, expand, places, unpack, words
 
 OP = "sparse24"
 
@@ -28,6 +28,7 @@ def check(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None, kept: in
     k = x.shape[-1]
     if k % group:
         raise ShapeError(f"{OP}: x has {k} features, must be a multiple of {group} for {kept}:{group}")
+    check_entries(OP, x.device, k)
     if values.dim() != 2 or values.shape[1] != k // group * kept:
         raise ShapeError(f"{OP}: values {list(values.shape)} must be [n, {k // group * kept}]: of the {k} features of x "
                          f"{kept} of every {group}")
