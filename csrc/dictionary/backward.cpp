@@ -123,12 +123,20 @@ Tensor dictionary_gradient(const Call& s, const Tensor& dh, const Tensor& x) {
   return as_contiguous(matmul(by_atoms, split_inputs(s, x)));
 }
 
+// Of no tokens.
+Gradients no_gradients(const Call& s, const Tensor& x, int64_t needs) {
+  const auto wanted = [&](int need, const Dimensions& sizes) { return zeros(s.kind, needs & need ? sizes : Dimensions{0}); };
+  return {wanted(kNeedsDx, sizes_like(x, s.k)), wanted(kNeedsDd, {s.b_out, s.b_in, s.a, s.p}),
+          wanted(kNeedsDvalues, {s.n, s.b_in * s.s}), wanted(kNeedsDb, {s.n})};
+}
+
 Gradients dictionary_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const std::optional<Tensor>& h_any,
                                    const Tensor& d_any, const Tensor& values_any, const Tensor& support_any, int64_t needs) {
   const Call s = check(dy_any, x_any, h_any, d_any, values_any, support_any);
   needs &= kNeedsDx | kNeedsDd | kNeedsDvalues | kNeedsDb;
   const int device = s.kind.device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
+  if (s.m == 0) return no_gradients(s, x_any, needs);
   const Arguments in(s, dy_any, x_any, h_any, d_any, values_any, support_any, needs);
   const Launches on{"dictionary_backward", s, gpu_of(device), current_cuda_stream(device)};
   Problem problem;
@@ -137,7 +145,7 @@ Gradients dictionary_backward_cuda(const Tensor& dy_any, const Tensor& x_any, co
   problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = on.gpu.arch, problem.sm_count = on.gpu.sm_count;
   problem.is_aligned = is_aligned(in.dy) && is_aligned(in.values) && (!in.h || is_aligned(*in.h));
   const sparse24::BackwardPlan plan = choose_backward(problem, static_cast<int>(needs));
-  const Tensor mask = on.bitmap(in.support);
+  const Tensor mask = needs & ~kNeedsDb ? on.bitmap(in.support) : in.support;  // of db alone nobody reads it
   Inner inner = plan.tile == 0 || needs == 0 ? library(on, in, mask, needs) : kernels(on, plan, in, mask, needs);
   Tensor dx = wanted(s, needs & kNeedsDx, [&] { return input_gradient(s, inner.dh, in.d); });
   if (needs & kNeedsDx) dx = shaped_like(dx, x_any);

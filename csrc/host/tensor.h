@@ -59,6 +59,12 @@ inline Tensor empty(const Kind& kind, const Dimensions& sizes) {
   return Tensor(made);
 }
 
+// By torch's own fill.
+inline Tensor zeros(const Kind& kind, const Dimensions& sizes) {
+  Tensor made = empty(kind, sizes);
+  return torch::stable::zero_(made);
+}
+
 // Workspace: floats where tensors of this kind are.
 inline Tensor floats(Kind kind, int64_t count) {
   kind.dtype = aoti_torch_dtype_float32();

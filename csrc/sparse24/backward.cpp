@@ -62,12 +62,19 @@ Gradients library(const Call& s, const Arguments& in, const Tensor& x, int64_t n
           wanted(kNeedsDb, [&] { return torch::stable::sum(in.dy, rows); })};
 }
 
+// Of no tokens.
+Gradients no_gradients(const Call& s, const Tensor& x, int64_t needs) {
+  const auto wanted = [&](int need, const Dimensions& sizes) { return zeros(s.kind, needs & need ? sizes : Dimensions{0}); };
+  return {wanted(kNeedsDx, sizes_like(x, s.k)), wanted(kNeedsDvalues, {s.n, s.stored()}), wanted(kNeedsDb, {s.n})};
+}
+
 Gradients sparse24_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const Tensor& values_any, const Tensor& mask_any,
                                  int64_t needs, int64_t kept, int64_t group) {
   const Call s = check(dy_any, x_any, values_any, mask_any, kept, group);
   needs &= kNeedsDx | kNeedsDvalues | kNeedsDb;
   const int device = s.kind.device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
+  if (s.m == 0) return no_gradients(s, x_any, needs);
   const Arguments in(s, dy_any, x_any, values_any, mask_any);
   const Gpu gpu = gpu_of(device);
   Problem problem;
