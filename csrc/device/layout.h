@@ -15,6 +15,8 @@ struct Position {
   int row, column;
 };
 
+constexpr int kWordBits = 32;  // of a bitmap: entry j of a row is bit j % 32 of its word j / 32
+
 LOWFAT_CONSTEXPR int64_t ceil_div(int64_t total, int64_t part) { return (total + part - 1) / part; }
 LOWFAT_CONSTEXPR int64_t round_up(int64_t total, int64_t part) { return ceil_div(total, part) * part; }
 LOWFAT_CONSTEXPR int parts_of(int total, int part) { return (total + part - 1) / part; }

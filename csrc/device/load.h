@@ -7,6 +7,8 @@
 
 namespace device {
 
+LOWFAT_DEVICE uint4 zero16() { return make_uint4(0, 0, 0, 0); }  // what is not there to be loaded
+
 // 16 bytes of weights: read once and not kept in L1, the line's other half fetched into L2.
 LOWFAT_DEVICE uint4 load16_weights(const void* gmem) {
   uint4 v;

@@ -9,8 +9,8 @@
 #include "dictionary/bitmap.h"
 
 #include "device/launch.h"
+#include "device/layout.h"
 #include "device/load.h"
-#include "sparse24/backward_layout.h"
 
 namespace dictionary {
 
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(Config::kThreads) mark_bitmap(const __grid_con
   const int64_t count = p.rows * p.words, stride = int64_t{gridDim.x} * Config::kThreads;
   for (int64_t i = int64_t{blockIdx.x} * Config::kThreads + threadIdx.x; i < count; i += stride) {
     const int16_t* positions = p.positions + i / p.words * p.stored;
-    const int first = static_cast<int>(i % p.words) * sparse24::kWordBits;
+    const int first = static_cast<int>(i % p.words) * device::kWordBits;
     int at = 0;
     for (int end = p.stored; at < end;) {
       const int middle = (at + end) / 2;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(Config::kThreads) mark_bitmap(const __grid_con
     uint32_t word = 0;
     for (; at < p.stored; ++at) {
       const int bit = device::load(positions + at) - first;
-      if (bit < 0 || bit >= sparse24::kWordBits) break;
+      if (bit < 0 || bit >= device::kWordBits) break;
       word |= 1u << bit;
     }
     device::store(p.mask + i, word);

@@ -149,7 +149,7 @@ struct Coefficients {
       for (int tokens = 0; tokens < Config::kTokenTiles; ++tokens) {
         const bool is_token = tokens * kTokenTile + low_rank::lane_row(lane) < p.m;  // the other rows of h were not written
         h[tokens] = is_token ? device::load16_shared(smem_lane + tokens * kTokenTile * stride + step * kStep)
-                             : low_rank::zero16();
+                             : device::zero16();
       }
       low_rank::multiply<Config>(sums, upper, lower, h);
       if (step == items.steps - 1 || item == mine.last - 1) {

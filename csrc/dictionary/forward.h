@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "device/layout.h"
 #include "host/tensor.h"
 
 namespace dictionary {
@@ -16,10 +17,10 @@ struct Call {
   Kind kind;            // of every tensor but support
   Dtype dtype;
 
-  int64_t rows() const { return (n + b_out - 1) / b_out; }       // outputs of a block; the last ones may have fewer
-  int64_t words() const { return (a + 31) / 32; }                // of a row's bitmap for one block
-  int64_t support() const { return is_bitmap ? words() : s; }    // of a row for one block
-  int64_t middle() const { return b_in * a; }                    // columns of h
+  int64_t rows() const { return device::ceil_div(n, b_out); }               // of a block; the last ones may have fewer
+  int64_t words() const { return device::ceil_div(a, device::kWordBits); }  // of a row's bitmap for one block
+  int64_t support() const { return is_bitmap ? words() : s; }               // of a row for one block
+  int64_t middle() const { return b_in * a; }                               // columns of h
 };
 
 // The conditions that the Python function checks with a named error, for callers of torch.ops. Support itself is not read.

@@ -10,7 +10,7 @@ namespace dictionary {
 using low_rank::kDecodeWarps, low_rank::kStep, low_rank::kTileRows, low_rank::kTokenTile, low_rank::Range;
 using low_rank::larger, low_rank::parts_of, low_rank::SecondShare, low_rank::share, low_rank::smaller;
 
-constexpr int kWordBits = 32;
+using device::kWordBits;
 static_assert(kStep == kWordBits, "a step is a word of each row's bitmap");
 
 // A row of the coefficients: so many of `atoms` are stored.

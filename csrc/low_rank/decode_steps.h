@@ -67,7 +67,7 @@ struct TokenBatch {
   uint4 x[Config::kBatch][Config::kTokenTiles];
 };
 
-LOWFAT_DEVICE uint4 zero16() { return make_uint4(0, 0, 0, 0); }
+using device::zero16;
 
 // sums [16 rows, 8 tokens a tile] += one 32-wide step.
 template <class Config>

@@ -8,10 +8,8 @@
 
 namespace sparse24 {
 
-using device::larger, device::parts_of, device::smaller;
+using device::kWordBits, device::larger, device::parts_of, device::smaller;
 using low_rank::kLargeTile, low_rank::kSmallTile;
-
-constexpr int kWordBits = 32;
 
 // A factor [n, q columns] of which a bitmap says what is stored: of each row, in each of its q blocks, `stored` values. Its
 // rows are p blocks, too, of ceil(n / p) rows each, the last ones of what is left. sparse24 is one block, of k columns; a

@@ -9,11 +9,13 @@
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "device/bits.h"
 #include "device/launch.h"
+#include "device/layout.h"
 #include "device/load.h"
-#include "sparse24/backward_layout.h"
 #include "sparse24/dense.h"
 
 namespace sparse24 {
+
+using device::kWordBits, device::parts_of, device::smaller;
 
 template <class T, bool kIntoDense>
 struct DenseConfig {

@@ -49,8 +49,6 @@ struct ForwardParams {
 template <class Config>
 using Sums = float[Config::kRowTiles][Config::kTokenTiles][4];
 
-LOWFAT_DEVICE uint4 zero16() { return make_uint4(0, 0, 0, 0); }
-
 // --- a warp's way through its units, batch by batch ---
 
 struct Unit {
@@ -197,7 +195,7 @@ LOWFAT_DEVICE void keep_x(const ForwardParams& p, const Range& batches, uint16_t
     const uint16_t* from = p.in.x + (int64_t{token} * p.in.k + first_input + input);
     uint4 x[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[j] = is_inside ? device::load16(from + j * 8) : zero16();
+    for (int j = 0; j < 4; ++j) x[j] = is_inside ? device::load16(from + j * 8) : device::zero16();
     uint16_t* to = smem_x + token * stride + input / kStep * kStep + place_of_group(input % kStep / 4) * 4;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {  // groups 2 j and 2 j + 1 of either lane

@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "device/layout.h"
 #include "host/tensor.h"
 
 namespace sparse24 {
@@ -14,7 +15,8 @@ struct Call {
   Kind kind;  // of every tensor but the mask, which is int32
   Dtype dtype;
 
-  int64_t stored() const { return k / group * kept; }  // of a row
+  int64_t stored() const { return k / group * kept; }                      // of a row
+  int64_t words() const { return device::ceil_div(k, device::kWordBits); }  // of a row's mask
 };
 
 // The conditions that the Python function checks with a named error, for callers of torch.ops. The mask's bits are not read.

@@ -11,7 +11,7 @@
 
 namespace sparse24 {
 
-using device::larger, device::parts_of, device::smaller;
+using device::parts_of, device::smaller;
 
 constexpr int kTileRows = 16;    // of the weight: the tall operand of the tensor core's product
 constexpr int kTokenTile = 8;    // rows of x: its narrow operand

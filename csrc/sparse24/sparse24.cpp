@@ -42,7 +42,7 @@ Tensor dense(const Call& s, const Operands& in) {
   const auto* values = static_cast<const T*>(in.values.const_data_ptr());
   const uint32_t* mask = words_of(in.mask);
   auto* to = static_cast<T*>(weight.mutable_data_ptr());
-  const int64_t stored = s.stored(), words = (s.k + 31) / 32, grain = 1 + kTaskNumbers / (1 + s.k);
+  const int64_t stored = s.stored(), words = s.words(), grain = 1 + kTaskNumbers / (1 + s.k);
   torch::stable::parallel_for(0, s.n, grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row)
       cpu::expand_mask(mask + row * words, values + row * stored, stored, s.k, to + row * s.k);
@@ -90,8 +90,8 @@ Call check(const Tensor& x, const Tensor& values, const Tensor& mask, const std:
                   group);
   STD_TORCH_CHECK(values.size(1) == s.stored(), "sparse24: values has ", values.size(1), " columns, must have ", s.stored(),
                   ": of the ", s.k, " features of x ", kept, " of every ", group);
-  STD_TORCH_CHECK(mask.size(0) == s.n && mask.size(1) == (s.k + 31) / 32, "sparse24: mask is [", mask.size(0), ", ",
-                  mask.size(1), "], must be [", s.n, ", ", (s.k + 31) / 32, "]: a bit for each feature in words of 32");
+  STD_TORCH_CHECK(mask.size(0) == s.n && mask.size(1) == s.words(), "sparse24: mask is [", mask.size(0), ", ",
+                  mask.size(1), "], must be [", s.n, ", ", s.words(), "]: a bit for each feature in words of 32");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == s.n), "sparse24: bias must be [", s.n,
                   "], the rows of values");
   STD_TORCH_CHECK(kind_of(values) == kind && (!bias || kind_of(*bias) == kind),

@@ -10,7 +10,7 @@ MUTANTS = [
     Mutant("mark: looks behind the first position of a word", KERNEL, "device::load(positions + middle) < first",
            "device::load(positions + middle) <= first", TEST),
     Mutant("mark: the first row's positions for all", KERNEL, "p.positions + i / p.words * p.stored", "p.positions", TEST),
-    Mutant("mark: bits of the next word", KERNEL, "bit >= sparse24::kWordBits) break;", "bit > sparse24::kWordBits) break;",
+    Mutant("mark: bits of the next word", KERNEL, "bit >= device::kWordBits) break;", "bit > device::kWordBits) break;",
            TEST),
     Mutant("mark: the last position forgotten", KERNEL, "for (; at < p.stored; ++at)", "for (; at < p.stored - 1; ++at)",
            TEST),
