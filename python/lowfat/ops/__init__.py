@@ -1,5 +1,6 @@
 """Tensors in, tensors out: one file per op, with its schema, reference and gradient."""
 from .dictionary import dictionary
+from .dwt import dwt, idwt
 from .low_rank import low_rank
 from .low_rank_backward_into import low_rank_backward_into
 from .low_rank_group import low_rank_group
@@ -9,5 +10,5 @@ from .low_rank_swiglu import low_rank_swiglu
 from .monarch import monarch
 from .sparse24 import sparse24
 
-__all__ = ["check_pivots", "dictionary", "low_rank", "low_rank_backward_into", "low_rank_group", "low_rank_pivoted",
-           "low_rank_sparse", "low_rank_swiglu", "monarch", "sparse24"]
+__all__ = ["check_pivots", "dictionary", "dwt", "idwt", "low_rank", "low_rank_backward_into", "low_rank_group",
+           "low_rank_pivoted", "low_rank_sparse", "low_rank_swiglu", "monarch", "sparse24"]
