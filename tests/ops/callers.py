@@ -11,8 +11,11 @@ from torch.nn.functional import linear, pad
 from lowfat.errors import LowfatError
 from lowfat.ops import low_rank as public_low_rank
 from lowfat.ops import (dictionary, low_rank_group, low_rank_pivoted, low_rank_sparse, low_rank_swiglu, monarch,
-                        sparse24)
+                        sparse24, wavelet)
 from lowfat.ops.bitmap import pack
+from lowfat.ops.dwt import FILTERS
+
+FILTERS["lazy"] = (1.0, 0.0)  # even and odd features as they are: the one transform without a rounding
 
 
 @dataclass
@@ -94,6 +97,16 @@ CALLERS = {
         named=False),
     "torch.ops.lowfat.low_rank_sparse_backward": Caller(
         lambda *args: through_backward(*args, op=low_rank_sparse_gradients), named=False,
+        framework=lambda *args: product_and_bias(*args)),
+    "wavelet": Caller(lambda *args: through_wavelet(public_wavelet, *args), named=False,
+                      framework=lambda *args: product_and_bias(*args)),
+    "torch.ops.lowfat.wavelet": Caller(lambda *args: through_wavelet(torch.ops.lowfat.wavelet, *args), named=False,
+                                       framework=lambda *args: product_and_bias(*args)),
+    "torch.ops.lowfat.wavelet_training": Caller(
+        lambda *args: through_wavelet(lambda *a: torch.ops.lowfat.wavelet_training(*a)[0], *args), named=False,
+        framework=lambda *args: product_and_bias(*args)),
+    "torch.ops.lowfat.wavelet_backward": Caller(
+        lambda *args: through_backward(*args, op=wavelet_gradients), named=False, words=("wavelet", "low_rank"),
         framework=lambda *args: product_and_bias(*args)),
 }
 
@@ -267,6 +280,35 @@ def every_entry(op: Callable) -> Callable:
         return op(x, weight.new_zeros(0, k), weight.new_zeros(n, 0), weight.flatten(), starts, columns, bias, 1.0)
 
     return product
+
+
+LOW = "lazy", 1, "LL"  # between the even features alone
+
+
+def twice_as_wide(t):
+    """With a zero behind every feature."""
+    return pad(t[..., None], (0, 1)).flatten(-2) if isinstance(t, Tensor) and t.dim() else t
+
+
+def through_wavelet(op: Callable, x, v, u, bias=None):
+    """Between the even features, the odd ones being zero."""
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError("bias is no tensor")
+    with renamed(wavelet="low_rank"):
+        n = 2 * u.shape[0] if isinstance(u, Tensor) and u.dim() else 2
+        y = op(twice_as_wide(x), v, None, u, *LOW, n, 1.0)[..., ::2]
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+def public_wavelet(x, v, gain, u, filter, levels, subbands, n, scale):
+    return wavelet(x, v, u, gain, out_features=n, filter=filter, levels=levels, subbands=subbands, scale=scale)
+
+
+def wavelet_gradients(dy, x, h, v, u, needs):
+    """That of the even features."""
+    n = 2 * dy.shape[-1] if dy.dim() else 2
+    dx, *others = torch.ops.lowfat.wavelet_backward(twice_as_wide(dy), twice_as_wide(x), h, v, None, u, needs, *LOW, n, 1.0)
+    return dx[..., ::2], *others
 
 
 def through_backward(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None, into: bool = False,

@@ -9,6 +9,7 @@ from .low_rank_sparse import low_rank_sparse
 from .low_rank_swiglu import low_rank_swiglu
 from .monarch import monarch
 from .sparse24 import sparse24
+from .wavelet import wavelet
 
 __all__ = ["check_pivots", "dictionary", "dwt", "idwt", "low_rank", "low_rank_backward_into", "low_rank_group",
-           "low_rank_pivoted", "low_rank_sparse", "low_rank_swiglu", "monarch", "sparse24"]
+           "low_rank_pivoted", "low_rank_sparse", "low_rank_swiglu", "monarch", "sparse24", "wavelet"]
