@@ -12,9 +12,9 @@ from .plan import Choice, Plan, plan
 from .recovery import finetune, staged, straight_through
 from .replace import Replaced, replace
 from .stats import Stats
-from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Sum
+from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Sum, Wavelet
 
 __all__ = ["Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankSparse", "Monarch",
-           "PerLayer", "Plan", "Replaced", "Report", "Sparse24", "Stats", "Sum", "build_info", "calibrate", "compare",
-           "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "kernels", "load", "low_rank",
-           "parameter_groups", "plan", "replace", "save", "staged", "straight_through", "ungroup_blocks"]
+           "PerLayer", "Plan", "Replaced", "Report", "Sparse24", "Stats", "Sum", "Wavelet", "build_info", "calibrate",
+           "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "kernels", "load",
+           "low_rank", "parameter_groups", "plan", "replace", "save", "staged", "straight_through", "ungroup_blocks"]

@@ -100,6 +100,8 @@ def export_dense(model: nn.Module, out: str | Path, *, tokenizer=None, overwrite
                 del state[f"{name}.{key}"]
         is_linear = type(dense.get_submodule(name)) is nn.Linear
         state[f"{name}.weight"] = layer.dense() if is_linear else layer.dense().T  # Conv1D stores [k, n]
+        if layer.bias is not None:  # an adapter's is its base layer's
+            state[f"{name}.bias"] = layer.bias.detach()
 
     def fill(folder):
         _original(PreTrainedModel)(dense, folder, state_dict=state, max_shard_size=max_shard_size)

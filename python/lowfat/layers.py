@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, UnsupportedError
 from .structures import Structure, structures
+from .structures.structure import dense_weight, is_conv1d, sizes  # noqa: F401  (of layers, for whoever works on them)
 
 _READ_FROM_OUTSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these use `.weight` of their parts, not the parts
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +34,21 @@ def factorizable(model: nn.Module, patterns: Sequence[str] | None = None) -> dic
     return linear
 
 
+def adaptable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """What factorizable selects, and the structures that have taken the place of such layers. Raises as it does."""
+    if isinstance(patterns, str):
+        _check_patterns(patterns, model)
+    linear = _sort(model, patterns)[0]
+    matched = _matched(model, patterns)
+    made = {name: module for name, module in structures(model) if name in matched}
+    if not made:
+        return factorizable(model, patterns)
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name in linear | made):
+            _check_patterns([pattern], model)
+    return {name: module for name, module in model.named_modules() if name in linear or name in made}
+
+
 def skipped(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, str]:
     """Every other weight matrix of the model, and why it is left alone."""
     return _sort(model, patterns)[1]
@@ -40,19 +56,7 @@ def skipped(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str
 
 def is_linear(module: nn.Module) -> bool:
     """Whether this is exactly `nn.Linear` or GPT-2's `Conv1D`: a subclass may read or store its weight in its own way."""
-    return type(module) is nn.Linear or _is_conv1d(module)
-
-
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """(k, n): features in, features out."""
-    if isinstance(module, (Structure, nn.Linear)):
-        return module.in_features, module.out_features
-    return tuple(module.weight.shape)
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """A view of the weight as [n, k], whichever way the module stores it."""
-    return module.weight.detach().mT if _is_conv1d(module) else module.weight.detach()
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -63,10 +67,6 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     for other in [other for other, found in modules.items() if found is old]:
         parent, _, leaf = other.rpartition(".")
         setattr(modules[parent], leaf, module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -81,7 +81,10 @@ def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, n
                 users.setdefault(_storage_key(parameter), []).append(f"{name}.{leaf}".lstrip("."))
     matched = _matched(model, patterns)
     linear, reasons, factorized = {}, {}, dict(structures(model))
+    inside = tuple(f"{name}." for name in factorized)
     for name, module in model.named_modules():
+        if name.startswith(inside):  # a part of a structure, or what an adapter is on
+            continue
         if is_linear(module):
             others = [user for user in users[_storage_key(module.weight)] if user != f"{name}.weight".lstrip(".")]
             reason = _why_not(module, {other: modules[other.rpartition(".")[0]] for other in names[id(module)]}, others)

@@ -16,7 +16,7 @@ from .blocks import group_blocks
 from .errors import FormatError, IntegrityError, LowfatError
 from .layers import replace
 from .strict_json import read_json
-from .structures import Structure
+from .structures import Structure, Wavelet
 from .validate import (FORMAT, INDEX, WEIGHTS, build, check_config, check_layer, check_quantization, check_tensors, here,
                        read_headers, weight_files)
 
@@ -93,6 +93,8 @@ class FactorQuantizer(HfQuantizer):
                 layer.check_indices()
             except LowfatError as error:
                 raise type(error)(f"{self.quantization_config.weights}: {name}: {error}") from error
+            if isinstance(layer, Wavelet):
+                layer.base_layer.requires_grad_(False)  # loading made new parameters
         # an ordinary float model from here on: Trainer, .half() and .float() refuse "quantized" ones
         for name in ("hf_quantizer", "quantization_method"):
             if hasattr(model, name):

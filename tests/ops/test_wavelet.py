@@ -260,7 +260,8 @@ def test_what_torch_asks_of_an_op(filter, subbands):
     if filter == "haar":
         torch.library.opcheck(OPS.wavelet.default, (x, v, gain, u, *options))
         plain = [None if t is None else t.detach() for t in (x, v, gain, u)]
-        torch.library.opcheck(OPS.wavelet_backward.default, (torch.ones(4, 10).double(), plain[0], None, *plain[1:], 15, *options))
+        dy = torch.ones(4, 10).double()
+        torch.library.opcheck(OPS.wavelet_backward.default, (dy, plain[0], None, *plain[1:], 15, *options))
         torch.compiler.reset()
         assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*args), call(*args))
     plain = [t.detach() for t in args]
@@ -344,13 +345,15 @@ def test_all_subbands_at_full_rank_fit_any_update(filter, k, n, levels):
     (dict(filter="db3"), ArgumentError, "filter is 'db3', must be one of haar, db2, db4, sym4"),
     (dict(subbands="HH"), ArgumentError, r"subbands is 'HH', must be one of all, diag, LL, shared\+gain"),
     (dict(levels=4), ShapeError, "levels is 4, must be one of 1, 2, 3 for 10 and 6 features"),
-    (dict(levels=0), ShapeError, "levels is 0"), (dict(levels=1.5), ArgumentError, "levels must be a whole number, found 1.5"),
+    (dict(levels=0), ShapeError, "levels is 0"),
+    (dict(levels=1.5), ArgumentError, "levels must be a whole number, found 1.5"),
     (dict(out_features="6"), ArgumentError, "out_features must be a whole number, found '6'"),
     (dict(scale="1"), ArgumentError, "scale must be a number, found '1'"), (dict(out_features=-1), ShapeError, "n is -1"),
     (dict(x=torch.ones(2, 12)), ShapeError, r"v \[3, 10\] must be \[r, 12\] for diag of 12 features and 1 levels"),
     (dict(x=torch.tensor(1.0)), ShapeError, "x has no dimensions"),
     (dict(v=torch.ones(3)), ShapeError, r"v \[3\] must be \[r, 10\]"),
-    (dict(u=torch.ones(6, 4)), ShapeError, r"u \[6, 4\] must be \[6, 3\]"), (dict(u=torch.ones(5, 3)), ShapeError, r"u \[5, 3\]"),
+    (dict(u=torch.ones(6, 4)), ShapeError, r"u \[6, 4\] must be \[6, 3\]"),
+    (dict(u=torch.ones(5, 3)), ShapeError, r"u \[5, 3\]"),
     (dict(gain=torch.ones(3)), ShapeError, r"gain \[3\] must be \[2, 3\], a row for each pair of diag"),
     (dict(gain=torch.ones(1, 3)), ShapeError, r"gain \[1, 3\] must be \[2, 3\]"),
     (dict(subbands="shared+gain", v=torch.ones(3, 5), u=torch.ones(3, 3)), ShapeError, r"gain is missing, must be \[4, 3\]"),
@@ -372,5 +375,5 @@ def test_wrong_arguments_are_named(wrong, error, text, recorded):
 def test_backward_refuses_wrong_sizes(wrong):
     given = dict(dy=torch.ones(2, 6), h=torch.ones(2, 2, 3)) | wrong
     with pytest.raises(ShapeError, match=next(iter(wrong))):
-        OPS.wavelet_backward(given["dy"], torch.ones(2, 10), given["h"], torch.ones(3, 10), None, torch.ones(6, 3), 15, "haar", 1,
-                             "diag", 6, 1.0)
+        OPS.wavelet_backward(given["dy"], torch.ones(2, 10), given["h"], torch.ones(3, 10), None, torch.ones(6, 3), 15,
+                             "haar", 1, "diag", 6, 1.0)

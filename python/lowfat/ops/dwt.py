@@ -1,7 +1,7 @@
-"""Discrete wavelet transforms of the last dimension: orthonormal filters, periodic boundary, an odd size by one zero behind it.
+"""Discrete wavelet transforms of the last dimension: orthonormal filters, periodic boundary, a zero behind an odd size.
 
 A level makes two halves of ceil(s / 2) numbers of s: low[i] = sum over t of h[t] x[2i + t], and high[i] the same of g[t] =
-(-1)^t h[-1 - t], places modulo the even size; the next level does that to low. The inverse of every step is its transpose."""
+(-1)^t h[-1 - t], places modulo the even size; the next level does that to low. Each step's inverse is its transpose."""
 from collections.abc import Sequence
 
 import torch

@@ -73,12 +73,12 @@ def check(x: Tensor, v: Tensor, gain: Tensor | None, u: Tensor, filter: str, lev
     pairs = layout(subbands, levels, k, n)
     columns, rows = pairs[-1].columns.stop, pairs[-1].rows.stop
     if v.dim() != 2 or v.shape[1] != columns:
-        raise ShapeError(f"{OP}: v {list(v.shape)} must be [r, {columns}] for {subbands} of {k} features and {levels} levels "
-                         f"(x {list(x.shape)})")
+        raise ShapeError(f"{OP}: v {list(v.shape)} must be [r, {columns}] for {subbands} of {k} features and {levels} "
+                         f"levels (x {list(x.shape)})")
     r = v.shape[0]
     if u.shape != (rows, r):
-        raise ShapeError(f"{OP}: u {list(u.shape)} must be {[rows, r]} for {subbands} of {n} features and {levels} levels, and "
-                         f"the rank of v {list(v.shape)}")
+        raise ShapeError(f"{OP}: u {list(u.shape)} must be {[rows, r]} for {subbands} of {n} features and {levels} "
+                         f"levels, and the rank of v {list(v.shape)}")
     if gain is None and subbands == "shared+gain":
         raise ShapeError(f"{OP}: gain is missing, must be {[len(pairs), r]} for {subbands}")
     if gain is not None and gain.shape != (len(pairs), r):
@@ -101,10 +101,12 @@ def halves(x: Tensor, filter: str, levels: int, scale: float = 1.0) -> list[tupl
     return [tuple((scale * half).to(x.dtype) for half in level) for level in analyze(wide, filter, levels)]
 
 
-def joined(made: dict[tuple[int, int], Tensor], like: Tensor, size: int, filter: str, levels: int, scale: float = 1.0) -> Tensor:
+def joined(made: dict[tuple[int, int], Tensor], like: Tensor, size: int, filter: str, levels: int,
+           scale: float = 1.0) -> Tensor:
     """The features [..., size] of which these are the halves, times scale, in the dtype and with the rows of like."""
     wide = torch.promote_types(like.dtype, torch.float32)
-    bands = [tuple(made[level, half].to(wide) if (level, half) in made else None for half in (0, 1)) for level in range(levels)]
+    made = {where: half.to(wide) for where, half in made.items()}
+    bands = [(made.get((level, 0)), made.get((level, 1))) for level in range(levels)]
     return (scale * synthesize(bands, size, filter)).to(like.dtype).reshape(*like.shape[:-1], size)
 
 
@@ -149,7 +151,7 @@ def middle(rows: Tensor, v: Tensor, filter: str, levels: int, pairs: Sequence[Pa
 
 def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, gain: Tensor | None, u: Tensor, needs: int,
                        filter: str, levels: int, subbands: str, n: int, scale: float):
-    """Bit i of needs: gradient i of (dx, dv, dgain, du) is wanted, else it comes back empty. The transform's transpose is its
+    """Bit i of needs: gradient i of (dx, dv, dgain, du) is wanted, else it comes back empty. A transform's transpose is its
     inverse, so that what reaches a half of y is the same half of the transform of scale * dy."""
     check(x, v, gain, u, filter, levels, subbands, n, dy, h)
     k, m = x.shape[-1], prod(x.shape[:-1])
@@ -182,19 +184,19 @@ def reference_backward(dy: Tensor, x: Tensor, h: Tensor | None, v: Tensor, gain:
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (dx, dv, dgain, du))
 
 
-_forward = define("wavelet(Tensor x, Tensor v, Tensor? gain, Tensor u, str filter, int levels, str subbands, int n, float scale)"
-                  " -> Tensor", reference)
-_training = define("wavelet_training(Tensor x, Tensor v, Tensor? gain, Tensor u, str filter, int levels, str subbands, int n,"
-                   " float scale) -> (Tensor y, Tensor h)", reference_training)
-_backward = define("wavelet_backward(Tensor dy, Tensor x, Tensor? h, Tensor v, Tensor? gain, Tensor u, int needs, str filter,"
-                   " int levels, str subbands, int n, float scale) -> (Tensor dx, Tensor dv, Tensor dgain, Tensor du)",
-                   reference_backward, casts=False)
+_forward = define("wavelet(Tensor x, Tensor v, Tensor? gain, Tensor u, str filter, int levels, str subbands, int n,"
+                  " float scale) -> Tensor", reference)
+_training = define("wavelet_training(Tensor x, Tensor v, Tensor? gain, Tensor u, str filter, int levels, str subbands,"
+                   " int n, float scale) -> (Tensor y, Tensor h)", reference_training)
+_backward = define("wavelet_backward(Tensor dy, Tensor x, Tensor? h, Tensor v, Tensor? gain, Tensor u, int needs,"
+                   " str filter, int levels, str subbands, int n, float scale)"
+                   " -> (Tensor dx, Tensor dv, Tensor dgain, Tensor du)", reference_backward, casts=False)
 _recorded = differentiable(_forward, _training, _backward, reference=reference_training, read=4, constants=5)
 
 
 def wavelet(x: Tensor, v: Tensor, u: Tensor, gain: Tensor | None = None, *, out_features: int, filter: str = "haar",
             levels: int = 1, subbands: str = "diag", scale: float = 1.0) -> Tensor:
-    """Multiply by scale W^T C W, where W are wavelet transforms and C has low rank from subband to subband, never forming it.
+    """Multiply by scale W^T C W, W wavelet transforms and C of low rank from subband to subband, never forming it.
 
     x [..., k]   v [r, columns]   u [rows, r]   gain [P, r]: of each pair of subbands, on its middle   returns [..., n]
     subbands: all, diag, LL or shared+gain; which have which columns and rows says layout. filter: haar, db2, db4 or sym4.

@@ -6,8 +6,9 @@ from .monarch import Monarch
 from .sparse24 import Sparse24
 from .structure import Structure, share, structures
 from .sum import PARTS, Sum
+from .wavelet import Wavelet
 
-STRUCTURES = PARTS | {"Sum": Sum}
+STRUCTURES = PARTS | {"Sum": Sum, "Wavelet": Wavelet}
 
 __all__ = ["Dictionary", "LowRank", "LowRankGroup", "LowRankSparse", "Monarch", "STRUCTURES", "Sparse24", "Structure",
-           "Sum", "share", "structures"]
+           "Sum", "Wavelet", "share", "structures"]

@@ -53,6 +53,25 @@ def share(layers: Sequence[Structure]) -> list[Structure]:
     return layers
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's layer, which stores its weight as [in, out]."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(k, n): features in, features out."""
+    if isinstance(module, (Structure, nn.Linear)):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as [n, k], whichever way the module stores it: a view of it, of a structure its factors multiplied out."""
+    if isinstance(module, Structure):
+        return module.dense().detach()
+    return module.weight.detach().mT if is_conv1d(module) else module.weight.detach()
+
+
 def check_dense(weight: Tensor) -> None:
     """UnsupportedError or ShapeError for what is no whole matrix [n, k]."""
     if hasattr(weight, "full_tensor"):
