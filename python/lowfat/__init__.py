@@ -1,5 +1,6 @@
 """lowfat: LOW-rank and FActorized Transformers. Importing it imports torch and nothing else of size."""
 from ._native import build_info, kernels
+from .adapt import AdaptReport, adapt, load_adapter, merge_adapters, save_adapter, unadapt, unmerge_adapters
 from .blocks import Blocks, group_blocks, ungroup_blocks
 from .calibrate import Calibration, calibrate
 from .checkpoint import export_dense, load, save
@@ -14,7 +15,8 @@ from .replace import Replaced, replace
 from .stats import Stats
 from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Sum, Wavelet
 
-__all__ = ["Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankSparse", "Monarch",
-           "PerLayer", "Plan", "Replaced", "Report", "Sparse24", "Stats", "Sum", "Wavelet", "build_info", "calibrate",
-           "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "kernels", "load",
-           "low_rank", "parameter_groups", "plan", "replace", "save", "staged", "straight_through", "ungroup_blocks"]
+__all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankSparse",
+           "Monarch", "PerLayer", "Plan", "Replaced", "Report", "Sparse24", "Stats", "Sum", "Wavelet", "adapt",
+           "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks",
+           "kernels", "load", "load_adapter", "low_rank", "merge_adapters", "parameter_groups", "plan", "replace",
+           "save", "save_adapter", "staged", "straight_through", "unadapt", "ungroup_blocks", "unmerge_adapters"]
