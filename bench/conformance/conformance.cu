@@ -147,12 +147,13 @@ void stored_matrices(Words& out) {
   append(out, block.values());
 }
 
+template <int kBytes>
 void copied_rows(Words& out) {
   for (int rows : {64, 40, 1, 0}) {
     Array<uint32_t> in("in", counted(256)), rows_out("out", 256);
     Params p;
     p.a = in.data(), p.out = rows_out.data(), p.count = rows;
-    start(copy_rows<void>, {dim3(1), 32, 1024}, p);
+    start(copy_rows<Copied<kBytes>>, {dim3(1), 32, 1024}, p);
     finish();
     append(out, rows_out.values());
   }
@@ -362,7 +363,8 @@ std::vector<Case> cases() {
       {"ldmatrix x1, transposed", 80, loaded_matrices<Matrices<1, true>>},
       {"ldmatrix x2, transposed", 80, loaded_matrices<Matrices<2, true>>},
       {"ldmatrix x4, transposed", 80, loaded_matrices<Matrices<4, true>>},
-      {"cp.async, zero fill", 80, copied_rows},
+      {"cp.async, zero fill", 80, copied_rows<16>},
+      {"cp.async of words, zero fill", 80, copied_rows<4>},
       {"named barriers", 80, handed_over},
       {"grid barrier", 80, barriers},
       {"tickets", 80, tickets},

@@ -7,23 +7,28 @@ namespace emulator {
 
 inline void land(const SharedCopy& copy) {
   memcpy(copy.to, copy.from, copy.bytes);
-  memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+  memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
 }
 
 // The copy takes place when its group is waited for, or (one in four) at once: both are legal, and show reads that come too
 // early or data that comes while the buffer is still in use.
-inline void copy16_async(void* smem, const void* gmem, bool is_valid) {
-  check_aligned(smem, 16, "copy16_async");
-  check_shared(smem, 16, "copy16_async");
+inline void copy_async(void* smem, const void* gmem, size_t bytes, bool is_valid, const char* what) {
+  check_aligned(smem, bytes, what);
+  check_shared(smem, bytes, what);
   if (is_valid) {
-    check_aligned(gmem, 16, "copy16_async");
-    check_global(gmem, 16, false, "copy16_async");
+    check_aligned(gmem, bytes, what);
+    check_global(gmem, bytes, false, what);
   }
   Fiber& self = current();
-  self.copies.push_back({smem, gmem, is_valid ? size_t{16} : 0, self.copy_groups});
-  memset(smem, 0xff, 16);  // nobody may read it before it has landed
+  self.copies.push_back({smem, gmem, is_valid ? bytes : 0, is_valid ? 0 : bytes, self.copy_groups});
+  memset(smem, 0xff, bytes);  // nobody may read it before it has landed
   if (machine.random.one_in(4)) land(self.copies.back());
 }
+
+inline void copy16_async(void* smem, const void* gmem, bool is_valid) {
+  copy_async(smem, gmem, 16, is_valid, "copy16_async");
+}
+inline void copy4_async(void* smem, const void* gmem, bool is_valid) { copy_async(smem, gmem, 4, is_valid, "copy4_async"); }
 
 inline void commit_copies() { ++current().copy_groups; }
 

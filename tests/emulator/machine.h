@@ -69,7 +69,7 @@ struct Wait {
 struct SharedCopy {
   void* to;
   const void* from;
-  size_t bytes;  // the rest of the 16 is zero
+  size_t bytes, zeros;  // the zeros follow the bytes
   int group;
 };
 

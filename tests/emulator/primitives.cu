@@ -237,12 +237,23 @@ __global__ void __launch_bounds__(32) pass_around(const __grid_constant__ Params
 }
 
 // cp.async in two groups: the first 512 bytes are there while the second may be under way; rows from count on are zero.
+template <int kCopiedBytes>
+struct Copied {
+  static constexpr int kBytes = kCopiedBytes;
+};
+
 template <class Config>
 __global__ void __launch_bounds__(32) copy_rows(const __grid_constant__ Params p) {
   uint8_t* smem = shared_memory();
   for (int half = 0; half < 2; ++half) {
     const int row = half * 32 + threadIdx.x;
-    copy16_async(smem + row * 16, p.a + row * 4, row < p.count);
+    for (int word = 0; word < 4; word += Config::kBytes / 4) {
+      if constexpr (Config::kBytes == 16) {
+        copy16_async(smem + row * 16, p.a + row * 4, row < p.count);
+      } else {
+        copy4_async(smem + row * 16 + word * 4, p.a + row * 4 + word, row < p.count);
+      }
+    }
     commit_copies();
   }
   wait_copies<1>();

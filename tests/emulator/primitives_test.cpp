@@ -336,6 +336,7 @@ void around_clusters(uint64_t seed) {
   }
 }
 
+template <int kBytes>
 void async_rows(uint64_t seed) {
   Words values(64 * 4);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint32_t>(i + 1);
@@ -343,7 +344,7 @@ void async_rows(uint64_t seed) {
     Buffer<uint32_t> in("in", Words(values.begin(), values.begin() + rows * 4)), out("out", values.size());  // no byte more
     Params p;
     p.a = in.data(), p.out = out.data(), p.count = rows;
-    run(copy_rows<void>, {dim3(1), 32, 1024}, p, {seed});
+    run(copy_rows<Copied<kBytes>>, {dim3(1), 32, 1024}, p, {seed});
     for (int i = 0; i < 256; ++i) check::equal(out[i], i / 4 < rows ? values[i] : 0, "row", i);
   }
 }
@@ -522,7 +523,8 @@ int main(int count, char** arguments) {
                         {"tma boxes of floats, plain", boxes<4, 8, false>},
                         {"make_tensor_map", tensor_map_limits},
                         {"clusters, bulk copies", around_clusters},
-                        {"copy16_async", async_rows},
+                        {"copy16_async", async_rows<16>},
+                        {"copy4_async", async_rows<4>},
                         {"conversions bf16", conversions<Bf16>},
                         {"conversions fp16", conversions<Fp16>},
                         {"reductions", reductions},

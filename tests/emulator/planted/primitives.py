@@ -75,7 +75,7 @@ MUTANTS = [
            "primitives_test"),
     Mutant("boxes by column and row", DEVICE + "tma.h", "emulator::tma_load(smem, *map, row, column, barrier);",
            "emulator::tma_load(smem, *map, column, row, barrier);", "primitives_test"),
-    Mutant("no zero fill", EMULATOR + "async.h", "is_valid ? size_t{16} : 0", "size_t{16}", "primitives_test"),
+    Mutant("no zero fill", EMULATOR + "async.h", "is_valid ? bytes : 0, is_valid ? 0 : bytes", "bytes, 0", "primitives_test"),
     Mutant("mma: a's registers 1 and 2 exchanged", EMULATOR + "tensor_core.h",
            "a[lane / 4 + i % 2 * 8][lane % 4 * 2 + half + i / 2 * 8]",
            "a[lane / 4 + i / 2 * 8][lane % 4 * 2 + half + i % 2 * 8]", "primitives_test"),
