@@ -75,6 +75,10 @@ STATIONARY = dict(archs=("sm_90a",), registers=168, tile_loads=3, early_tile_loa
 # warp, and of its mask, 2 of 8 bytes (which match the pattern by LTC128B, the lines they fetch), and 4 of x. The one fence is
 # the release of the grid's barrier. The narrow loads are the bias, at any address.
 SPARSE24 = dict(tensor_core=r"HMMA\.SP\.16832\.F32", fences=1, narrow_loads=True)
+# sparse24/prefill.cu. In front of the first barrier three stages are asked for, of the middle tile two: of each, pieces of
+# values and of tokens, and words of masks. Two blocks of the middle tile share a multiprocessor, four of the small one; the
+# large one has one, and its sums 128 registers. Two products of each slab. The narrow loads are the bias, at any address.
+PREFILL24 = dict(tensor_core=r"HMMA\.SP\.16832\.F32", narrow_loads=True)
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
              copies_before_barrier=10, fences=1, activation_ffma=36, **DECODE),
@@ -131,6 +135,9 @@ KERNELS = [
              **SPARSE24),
     Expected("sparse24/forward.cu", r"sparse24::forward<.*8>", registers=216, weight_loads=48, before_barrier=24,
              **SPARSE24),
+    Expected("sparse24/prefill.cu", r"sparse24::prefill<.*256>", registers=255, copies_before_barrier=30, **PREFILL24),
+    Expected("sparse24/prefill.cu", r"sparse24::prefill<.*128>", registers=128, copies_before_barrier=14, **PREFILL24),
+    Expected("sparse24/prefill.cu", r"sparse24::prefill<.*64>", registers=128, copies_before_barrier=21, **PREFILL24),
 ]
 
 
