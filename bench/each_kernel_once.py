@@ -206,7 +206,7 @@ CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_ran
          low_rank_pivoted: ("low_rank_pivoted", (5,)), low_rank_backward: ("low_rank_backward", (100,)),
          low_rank_backward_into: ("low_rank_backward_into", (100,)), monarch: ("monarch", (1, 16, 100)),
          monarch_backward: ("monarch_backward", (100,)), monarch_clusters: ("monarch", (1, 100)),
-         sparse24: ("sparse24", (1, 16, 60)), sparse24_backward: ("sparse24_backward", (100,)),
+         sparse24: ("sparse24", (1, 16, 60, 100)), sparse24_backward: ("sparse24_backward", (100,)),
          dictionary: ("dictionary", (1, 16)), dictionary_backward: ("dictionary_backward", (100,))}
 BLOCKS = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}  # 776 inputs in 4 blocks are no whole pieces
 SIZES = {monarch: BLOCKS, monarch_backward: BLOCKS,

@@ -15,7 +15,8 @@
 namespace sparse24 {
 namespace {
 
-CallCounter decode_calls("sparse24", "cuda", "decode"), library_calls("sparse24", "cuda", "library");
+CallCounter decode_calls("sparse24", "cuda", "decode"), prefill_calls("sparse24", "cuda", "prefill"),
+    library_calls("sparse24", "cuda", "library");
 
 // Contiguous: the same bits for every layout of the same values, on whichever path.
 struct Arguments {
@@ -30,6 +31,12 @@ struct Arguments {
   const uint32_t* words() const { return static_cast<const uint32_t*>(mask.const_data_ptr()); }
 };
 
+ForwardOperands operands_of(const Call& s, const Arguments& in, const Tensor& y) {
+  const auto size = [](int64_t value) { return static_cast<int>(value); };
+  return {elements(in.x), elements(in.values), in.words(), in.bias ? elements(*in.bias) : nullptr,
+          static_cast<uint16_t*>(y.mutable_data_ptr()), size(s.m), size(s.n), size(s.k)};
+}
+
 // False where no counters are left, and then has done nothing.
 bool decode(const Call& s, const Arguments& in, const ForwardPlan& plan, const Gpu& gpu, void* stream, const Tensor& y) {
   SplitSums sums{nullptr, nullptr};
@@ -42,11 +49,15 @@ bool decode(const Call& s, const Arguments& in, const ForwardPlan& plan, const G
     sums.partials = float_data(*partials);
   }
   decode_calls.count();
-  const ForwardOperands operands{elements(in.x), elements(in.values), in.words(), in.bias ? elements(*in.bias) : nullptr,
-                                 static_cast<uint16_t*>(y.mutable_data_ptr()), static_cast<int>(s.m),
-                                 static_cast<int>(s.n), static_cast<int>(s.k)};
-  check_launch("sparse24", launch_forward(plan, operands, sums, s.dtype, stream), gpu.arch);
+  check_launch("sparse24", launch_forward(plan, operands_of(s, in, y), sums, s.dtype, stream), gpu.arch);
   return true;
+}
+
+Tensor prefill(const Call& s, const Arguments& in, const PrefillPlan& plan, const Gpu& gpu, void* stream) {
+  prefill_calls.count();
+  const Tensor y = empty_rows(in.x, s.kind, s.n);
+  check_launch("sparse24", launch_prefill(plan, operands_of(s, in, y), s.dtype, stream), gpu.arch);
+  return y;
 }
 
 // torch's own product, of the weight with its zeros.
@@ -70,7 +81,9 @@ Tensor sparse24_cuda(const Tensor& x, const Tensor& values, const Tensor& mask, 
   problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = gpu.arch, problem.sm_count = gpu.sm_count;
   problem.is_aligned = is_aligned(in.x) && is_aligned(in.values) && is_aligned(in.mask);
   const ForwardPlan plan = choose_forward(problem);
+  const PrefillPlan prefill_plan = choose_prefill(problem);
   void* stream = current_cuda_stream(device);
+  if (prefill_plan.rows > 0) return prefill(s, in, prefill_plan, gpu, stream);
   if (plan.token_tiles > 0) {
     const Tensor y = empty_rows(in.x, s.kind, s.n);
     if (decode(s, in, plan, gpu, stream, y)) return y;
