@@ -106,7 +106,7 @@ benches() {
     --out "$work/monarch_64" || status=1
   lowfat bench monarch --device cuda --compiled --blocks 4 --shapes 4096:4096:256,768:768:48 --rows 4096 \
     --out "$work/monarch_4" || status=1
-  lowfat bench sparse24 --device cuda --shapes 4096:4096:2 --rows 1,16,64,1024 --out "$work/sparse24" || status=1
+  lowfat bench sparse24 --device cuda --shapes 4096:4096:2 --rows 1,16,64,1024,4096 --out "$work/sparse24" || status=1
   lowfat bench dictionary --device cuda --shapes 4096:4096:2048 --rows 1,16 --out "$work/dictionary" || status=1
   timeout 200 "$python" -c 'from lowfat.cli import main; main()' bench low_rank --device cuda --compiled \
     --shapes 4096:4096:512,768:768:192 --rows 1,64 --out "$work/compiled" || status=1

@@ -168,6 +168,14 @@ def test_monarch_has_targets_by_its_blocks(name, row):
     assert found["met"] and found["target_ratio"] > 1
 
 
+def test_prefill_by_2_of_4_has_to_be_as_fast_as_torchs_own():
+    row = {name: value for name, value in ROW.items() if name != "compiled_us"} | {"r": 2, "m": 1024, "us": 33}
+    for change, met in (({}, True), ({"semi_structured_us": 33.0}, True), ({"semi_structured_us": 32.9}, False),
+                        ({"faster": 1.2}, False)):
+        race = {"header": {"op": "sparse24"}, "rows": [row | change], "chains": []}
+        assert [found["met"] for found in report().target_rows({"sparse24": race, "compiled": None})] == [met]
+
+
 def test_sanitizers_must_find_what_was_planted(tmp_path):
     (tmp_path / "sanitizers.csv").write_text("memcheck,planted write,9\nracecheck,planted race,0\nmemcheck,low_rank, each,0\n"
                                              "racecheck,low_rank,9\nracecheck,low_rank,124\n")

@@ -12,7 +12,7 @@ from lowfat.bench import graphs, race, timing
 from lowfat.bench.dictionary import Dictionary
 from lowfat.bench.measure import calls, floor, measure, which_ran
 from lowfat.bench.shapes import MODELS, Layer, layers
-from lowfat.bench.sparse24 import Sparse24, going_around
+from lowfat.bench.sparse24 import Sparse24, going_around, has_semi_structured
 from lowfat.cli import app
 from lowfat.errors import ArgumentError
 from lowfat.measured import header
@@ -224,6 +224,17 @@ def test_indices_go_around_as_weights_do():
     assert len({t.data_ptr() for t in taken}) == 10 and all(torch.equal(t.sort(0).values, mask) for t in taken)
 
 
+@pytest.mark.parametrize("change, has_one", [({}, True), ({"kept": 1}, False), ({"group": 8}, False), ({"n": 48}, False),
+                                             ({"k": 96}, False), ({"bytes": 4}, False), ({"is_cuda": False}, False)])
+def test_torchs_own_2_of_4_takes_part_where_it_can(change, has_one):
+    class X:  # what is asked of it
+        def __init__(self, k, **about):
+            self.shape, self.is_cuda, self.element_size = (5, k), about["is_cuda"], lambda: about["bytes"]
+
+    about = {"k": 128, "n": 64, "kept": 2, "group": 4, "bytes": 2, "is_cuda": True} | change
+    assert has_semi_structured(X(**about), about["n"], about["kept"], about["group"]) == has_one
+
+
 # ------------------------------------------------------------------------------------------------ shapes
 def test_ranks_of_other_ops_are_theirs():
     """Of every four, and atoms of as many bytes as the ratio says, but for the last word of a row's bitmap."""
@@ -377,6 +388,13 @@ def test_a_kernel_that_does_nothing_is_caught_in_a_graph(does_nothing, monkeypat
     assert all(len(one.us) == 5 and len(one.results) == 4 for one in timed.values())
     assert ("G3" in bench.judged(x, timed["low_rank"].results)) == does_nothing
     assert not bench.judged(x, timed["pair"].results)
+
+
+@pytest.mark.gpu
+def test_a_race_of_2_of_4_on_a_gpu():
+    found = race.race("sparse24", shapes="1024:1024:2", rows="1,128", device=torch.device("cuda"))
+    assert not race.failures(found) and all(row["semi_structured_us"] > 0 for row in found["rows"])
+    assert [row["ran"] for row in found["rows"]] == ["kernel (decode)", "kernel (prefill)"]
 
 
 @pytest.mark.gpu

@@ -1,10 +1,12 @@
-"""sparse24 against its peer, the dense layer: r of every 4 neighbours are kept, 2 if not said otherwise."""
+"""sparse24 against its peers, the dense layer and on a GPU torch's own 2:4: r of every 4 neighbours are kept, 2 if not said
+otherwise."""
 from dataclasses import dataclass
 from itertools import cycle
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.sparse import to_sparse_semi_structured as semi_structured
 
 from ..errors import ArgumentError
 from ..ops import sparse24
@@ -20,7 +22,7 @@ class Sparse24:
     """As measure.py wants a module of an op."""
     group: int = 4
 
-    OP, MEMBERS, PEERS = "sparse24", 1, ("pair",)
+    OP, MEMBERS, PEERS = "sparse24", 1, ("pair", "semi_structured")
     SCALE = 0.02  # of random weights
 
     def rank_for(self, k: int, n: int, ratio: float) -> int:
@@ -37,15 +39,20 @@ class Sparse24:
         return values + 2 * layer.n * words(layer.k) + m * (layer.k + layer.n), m * values
 
     def candidates(self, x: Tensor, n: int, r: int, compiled: bool = False) -> dict[str, Candidate]:
-        """Ours and the dense layer; torch has no faster product of its own on every device, and nothing to compile."""
+        """Ours and its PEERS; there is nothing to compile."""
         k = x.shape[1]
         stored, mask_numbers = k // self.group * r, n * words(k) * 4 // x.element_size()
         masks = going_around(random_mask(n, k, r, self.group, x.device), (n * stored + n * k) * x.element_size())
-        return {
+        found = {
             self.OP: Candidate(n * stored + mask_numbers, lambda slab: (slab[:n * stored].view(n, stored), next(masks)),
                                lambda values, mask: sparse24(x, values, mask, kept=r, group=self.group)),
             "pair": Candidate(k * n, lambda slab: (slab.view(n, k),), lambda weight: linear(x, weight)),
         }
+        if has_semi_structured(x, n, r, self.group):
+            keep = unpack(random_mask(n, k, r, self.group, x.device), k)
+            found["semi_structured"] = Candidate(k * n, lambda slab: (semi_structured(slab.view(n, k) * keep),),
+                                                 lambda weight: linear(x, weight))
+        return found
 
     def judged(self, x: Tensor, results: list[tuple[tuple, Tensor]]) -> list[str]:
         """The gates that any of these results fails, against fp64 and the library's own error on the same operands."""
@@ -54,6 +61,11 @@ class Sparse24:
             weight = expand(values, unpack(mask, x.shape[1]))
             failed.update(failed_gates(y, linear(x, weight), chain(x, weight.T)))
         return sorted(failed)
+
+
+def has_semi_structured(x: Tensor, n: int, kept: int, group: int) -> bool:
+    """Whether torch's own 2:4 (cuSPARSELt where it is there, else CUTLASS) covers this problem."""
+    return x.is_cuda and x.element_size() == 2 and (kept, group) == (2, 4) and n % 32 == 0 and x.shape[1] % 64 == 0
 
 
 def random_mask(n: int, k: int, kept: int, group: int, device: torch.device) -> Tensor:
