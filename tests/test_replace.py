@@ -108,7 +108,8 @@ def test_layers_go_with_one_structure_for_all(tiny_llama):
 
 
 @pytest.mark.parametrize("spec", [LOW_RANK, {"structure": "Monarch", "blocks": 2, "rank": 2}, {"structure": "Sparse24"},
-                                  {"structure": "Dictionary", "atoms": 16, "nonzeros": 4}], ids=lambda spec: spec["structure"])
+                                  {"structure": "Dictionary", "atoms": 16, "nonzeros": 4},
+                                  {"structure": "LowRankSparse", "rank": 4, "density": 0.1}], ids=lambda spec: spec["structure"])
 def test_gradients_under_checkpointing_and_autocast(tiny_llama, spec):
     """Recomputed activations give the same bits; under autocast the layers compute in bf16 and their gradients are fp32."""
     lowfat.replace(tiny_llama, spec)

@@ -14,7 +14,8 @@ import lowfat
 PLAN = {"*q_proj": {"structure": "LowRank", "rank": 4}, "*k_proj": {"structure": "Monarch", "blocks": 2, "rank": 2},
         "*v_proj": {"structure": "Sparse24"}, "*o_proj": {"structure": "Dictionary", "atoms": 16, "nonzeros": 4},
         "*gate_proj": {"structure": "Sum", "parts": [{"structure": "LowRank", "rank": 2}, {"structure": "Sparse24"}]},
-        "*up_proj": {"structure": "LowRank", "rank": 4}, "*down_proj": {"structure": "LowRank", "rank": 4}}
+        "*up_proj": {"structure": "LowRankSparse", "rank": 4, "density": 0.1},
+        "*down_proj": {"structure": "LowRank", "rank": 4}}
 
 
 def main(kind: str, out: str) -> None:

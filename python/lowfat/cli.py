@@ -12,7 +12,7 @@ import torch
 import typer
 
 from .bench.shapes import MODELS
-from .cli_training import finetune, staged, straight_through
+from .cli_training import finetune, pretrain, staged, straight_through
 from .data import read_rows
 from .errors import ArgumentError, LowfatError
 from .methods import METHODS, named
@@ -110,7 +110,8 @@ def factorize(
 
 for strategy, what in ((finetune, "Train a model on labels or on its dense teacher."),
                        (staged, "Factorize block by block, training in between."),
-                       (straight_through, "Learn which factors to use.")):
+                       (straight_through, "Learn which factors to use."),
+                       (pretrain, "Train a new model with factors in its layers.")):
     app.command(short_help=what)(strategy)
 
 

@@ -9,12 +9,13 @@ from typing import Annotated, Optional
 import typer
 
 from .data import read_rows
+from .errors import ArgumentError
 from .methods import named
 from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
 from .plan import POLICIES
 from .recovery.staged import FINAL_SHARE
 from .recovery.straight_through import EVERY, FADE, FREEZE, PULL, SHADOW_RATE
-from .show import bar, print_json, show_staged, show_straight_through, show_training
+from .show import bar, print_json, show_pretraining, show_staged, show_straight_through, show_training
 
 Train = Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)]
 Teacher = Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")]
@@ -115,6 +116,72 @@ def straight_through(
                   learning_rate=learning_rate, shadow_rate=shadow_rate, batch_size=batch_size, max_length=max_length,
                   seed=seed, save_every=save_every, overwrite=overwrite)
     print_json(report.to_json()) if as_json else show_straight_through(report, out_folder)
+
+
+def pretrain(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", hidden=True)], out_folder: Out,
+    data: Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)],
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Folder or hub name of one.", show_default=False)],
+    structure: Annotated[Optional[str], typer.Option(metavar="NAME", help="Of the blocks' layers; or dense.")] = None,
+    arguments: Annotated[Optional[list[str]],
+                         typer.Option("--set", metavar="NAME=VALUE", help="Of the structure: rank=128.")] = None,
+    validation: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Judged after the last step.")] = None,
+    steps: Annotated[Optional[int], typer.Option(metavar="N", help="Updates of the weights.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(metavar="N", help="Pieces of text an update.")] = None,
+    accumulate: Annotated[int, typer.Option(metavar="N", help="Passes an update, each over a part of them.")] = 1,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after the warm-up.")] = 3e-3,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Update in the backward pass; saves memory.")] = False,
+    optimizer: Annotated[Optional[str], typer.Option(metavar="NAME", help="adamw, adam8bit.")] = None,
+    device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+    length: Annotated[Optional[int], typer.Option(hidden=True)] = None,
+    warmup: Annotated[Optional[int], typer.Option(hidden=True)] = None,
+    lowest: Annotated[float, typer.Option(hidden=True)] = 0.1,
+    weight_decay: Annotated[float, typer.Option(hidden=True)] = 0.0,
+    clip: Annotated[Optional[float], typer.Option(hidden=True)] = None,
+    layers: HiddenLayers = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
+) -> None:
+    """Trains a new language model from CONFIG, a folder with a config.json or one of nano, 60m, 130m, 350m, 1b, 7b (SLTrain's
+    sizes and hyperparameters), and writes it to OUT and its loss curve to OUT.png. Killed, the same command continues. Also:
+    --length, --warmup, --lowest, --weight-decay, --clip, --layers, --seed, --save-every.
+
+    \b
+    Example:  lowfat pretrain nano new --data lowfat-demo/texts.jsonl \\
+                  --tokenizer all-MiniLM-L6-v2 --steps 20
+    """
+    from transformers import AutoTokenizer
+
+    from .presets import PRESETS
+    from .pretrain import draw
+    from .pretrain import pretrain as strategy
+
+    preset, where, rows = PRESETS.get(config), device_of(device), read_rows(data)
+    judged = validation and read_rows(validation)
+    words = AutoTokenizer.from_pretrained(model_folder(tokenizer))
+    given = {"steps": steps, "batch_size": batch_size, "length": length, "warmup": warmup, "optimizer": optimizer,
+             "clip": clip}
+    options = (preset.options() if preset else {}) | {name: value for name, value in given.items() if value is not None}
+    if preset and steps is not None and warmup is None:
+        options["warmup"] = None  # a tenth of these steps
+    if "steps" not in options:
+        raise ArgumentError("--steps is missing; only the presets have a number of their own")
+    with bar("making the model") as tell:
+        _, report = strategy(preset.model_config(len(words)) if preset else model_folder(config), rows, tokenizer=words,
+                             plan=_plan(structure, named("--set", arguments or []), preset), layers=layers or None,
+                             accumulate=accumulate, learning_rate=learning_rate, lowest=lowest, weight_decay=weight_decay,
+                             per_layer=per_layer, validation=judged, device=where, seed=seed, out=out_folder,
+                             overwrite=overwrite, save_every=save_every, on_progress=partial(tell, stage="training"),
+                             **options)
+    draw(report, f"{out_folder}.png")
+    print_json(report.to_json()) if as_json else show_pretraining(report, out_folder)
+
+
+def _plan(structure: str | None, arguments: dict, preset) -> dict | None:
+    """What replace() is to do: the structure that was asked for, else the preset's with these arguments."""
+    if structure == "dense" or (structure is None and preset is None):
+        if arguments:
+            raise ArgumentError(f"--set {', '.join(arguments)}: needs --structure; dense layers have no arguments")
+        return None
+    return {**preset.plan(), **arguments} if structure is None else {"structure": structure, **arguments}
 
 
 def _run(strategy: Callable, model: str, out_folder: Path, *, train: Path, validation: Path | None, teacher: str | None,

@@ -15,7 +15,7 @@ from .structures import STRUCTURES, Structure
 
 
 @dataclass
-class Replaced:
+class ReplaceReport:
     """What replace() did."""
     layers: dict[str, dict[str, Any]]  # by name: the structure and its shape, parameters, dense_parameters; without the bias
     skipped: dict[str, str] = field(default_factory=dict)  # every other weight matrix, and why
@@ -40,7 +40,7 @@ class Replaced:
                 "dense_parameters": self.dense_parameters, "ratio": self.ratio}
 
 
-def replace(model: nn.Module, plan: Mapping[str, Any], *, layers: Sequence[str] | None = None) -> Replaced:
+def replace(model: nn.Module, plan: Mapping[str, Any], *, layers: Sequence[str] | None = None) -> ReplaceReport:
     """Puts new, untrained structures in the place of a model's linear layers, each with the bias, dtype and device that its
     layer has. For a model made from a config; factorize() keeps what a trained one knows.
 
@@ -70,7 +70,7 @@ def replace(model: nn.Module, plan: Mapping[str, Any], *, layers: Sequence[str] 
     if is_hugging_face(model):
         attach(model)
     others = dict.fromkeys(modules, "not in the plan") | selection.skipped(model)
-    return Replaced(found, {name: reason for name, reason in others.items() if name not in found}, group_blocks(model))
+    return ReplaceReport(found, {name: reason for name, reason in others.items() if name not in found}, group_blocks(model))
 
 
 def _wanted(model: nn.Module, plan: Any, layers: Sequence[str] | None) -> dict[str, dict]:

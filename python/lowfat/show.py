@@ -142,6 +142,15 @@ def show_training(report, folder: Path) -> None:
               soft_wrap=True)
 
 
+def show_pretraining(report, folder: Path) -> None:
+    if report.replaced:
+        found = report.replaced
+        out.print(f"{len(found.layers)} layers replaced: {found.parameters:,} of {found.dense_parameters:,} parameters "
+                  f"({found.ratio:.1%})")
+    out.print(f"{report.parameters:,} parameters in all")
+    show_training(report, folder)
+
+
 def show_staged(report, folder: Path) -> None:
     start, names = short_names([stage.name for stage in report.stages])
     rows = [(name, str(stage.steps), *("not finite" if loss is None else f"{loss:.3f}"

@@ -45,6 +45,17 @@ class Phase:
     what: str = "training"
 
 
+@dataclass(frozen=True)
+class Updates:
+    """What becomes of the gradients."""
+    weight_decay: float = 0.01
+    clip: float = 1.0  # the norm of all gradients together; 0 leaves them
+    accumulate: int = 1  # passes over parts of a batch for one update
+    warmup: int | None = None  # steps of a phase in which the rate rises; a tenth of them by default
+    lowest: float = 0.0  # share of the rate at the end of schedule "cosine_with_min_lr"
+    make: Callable | None = None  # make(model) -> its optimizer; by default AdamW
+
+
 def check_numbers(alpha: float, whole: Mapping[str, int], **numbers: float) -> None:
     for name, value in whole.items():
         if not isinstance(value, int) or value < 1:
@@ -154,7 +165,7 @@ def ready(objective: Objective, tokenizer, *, fp32: bool = True) -> Iterator[Non
 
 def train_phase(objective: Objective, order: list[dict], tokenizer, phase: Phase, *, batch_size: int, seed: int,
                 states: Path | None, save_every: int, on_progress, moments: dict | None = None,
-                rates: Mapping[str, float] | None = None, callbacks: Sequence = ()):
+                rates: Mapping[str, float] | None = None, callbacks: Sequence = (), updates: Updates = Updates()):
     """(the Trainer's state after the last step, the optimizer's moments by parameter name).
 
     order: the examples of the whole run. moments: those that an earlier phase left; a parameter they do not name starts
@@ -167,16 +178,19 @@ def train_phase(objective: Objective, order: list[dict], tokenizer, phase: Phase
     student = objective.student
     arguments = TrainingArguments(
         output_dir=str(states or tempfile.gettempdir()),  # has to exist; with states None nothing is written
-        max_steps=phase.steps, per_device_train_batch_size=batch_size, train_sampling_strategy="sequential",
+        max_steps=phase.steps, per_device_train_batch_size=batch_size // updates.accumulate,
+        gradient_accumulation_steps=updates.accumulate, train_sampling_strategy="sequential",
         seed=seed + phase.start, learning_rate=phase.learning_rate, lr_scheduler_type=phase.schedule,
-        warmup_steps=phase.steps // 10, weight_decay=0.01, max_grad_norm=1.0, use_cpu=student.device.type == "cpu",
+        lr_scheduler_kwargs={"min_lr_rate": updates.lowest} if phase.schedule == "cosine_with_min_lr" else {},
+        warmup_steps=phase.steps // 10 if updates.warmup is None else updates.warmup, weight_decay=updates.weight_decay,
+        max_grad_norm=updates.clip, use_cpu=student.device.type == "cpu",
         dataloader_pin_memory=student.device.type == "cuda", save_strategy="no" if states is None else "steps",
         save_steps=save_every, logging_steps=max(1, phase.total // 50), logging_nan_inf_filter=False, disable_tqdm=True,
         remove_unused_columns=False, report_to="none")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the model stays on its device
     first = phase.start * batch_size
     trainer = ResumableTrainer(objective, arguments, states=states, start=phase.start, moments=moments, rates=rates or {},
-                               callbacks=[*callbacks, ProgressCallback(on_progress, phase)],
+                               make=updates.make, callbacks=[*callbacks, ProgressCallback(on_progress, phase)],
                                train_dataset=order[first:first + phase.steps * batch_size],
                                data_collator=lambda part: padded(part, tokenizer))
     newest = states and newest_state(states)

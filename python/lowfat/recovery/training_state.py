@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import random
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,16 +27,19 @@ class ResumableTrainer(Trainer):
     """states: the folder that gets one subfolder per saved step, of which the newest complete one stays.
 
     start: steps of the run before this phase of it. moments: what moments_of() said at their end. rates: learning rates of
-    parameters by their last name."""
+    parameters by their last name. make: what makes the optimizer of a model, in the place of transformers' AdamW."""
 
     def __init__(self, *args, states: Path | None, start: int, moments: dict[str, torch.Tensor] | None,
-                 rates: dict[str, float], **kwargs):
+                 rates: dict[str, float], make: Callable | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.states, self.start, self.moments, self.rates = states, start, moments, rates
+        self.make = make
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.make:
+            self.optimizer = self.make(self.model)
+        optimizer = super().create_optimizer(*args, **kwargs)  # keeps one that is there
         if self.rates:
             self._split_by_rate(optimizer)
         if self.moments:
