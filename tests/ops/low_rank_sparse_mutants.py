@@ -79,7 +79,7 @@ MUTANTS = [  # (file, text, its replacement)
     (LAYER, "weight.double() - scale * (u.double() @ v.double())", "weight.double() - u.double() @ v.double()"),
     (LAYER, "root = (s / scale).sqrt()", "root = s.sqrt()"),
     (LAYER, "alpha is None or rank == 0 else alpha / rank", "alpha is None or rank == 0 else alpha"),
-    (LAYER, "isfinite(alpha) and alpha > 0", "alpha > 0"),
+    (LAYER, "0 < alpha <= sys.float_info.max", "0 < alpha"),
     (LAYER, "not isinstance(alpha, bool)", "True"),
     (LAYER, "copy=True, ", ""),
     # oats

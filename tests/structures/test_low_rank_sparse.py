@@ -340,7 +340,8 @@ def test_a_checkpoint_whose_places_its_seed_does_not_give_is_refused(tiny_bert, 
     ({"density": 2}, "density must be at least 0"), ({"rank": 21}, "rank must be between 0 and 20"),
     ({"seed": -1}, "seed must"), ({"seed": 1.0}, "seed must"), ({"alpha": "8"}, "alpha must"),
     ({"density": None}, "density must"),
-    ({"density": True}, "density must"), ({"in_features": 2**62}, "must be at most"), ({"places": []}, "places"),
+    ({"density": True}, "density must"), ({"alpha": 10**400}, "alpha must"), ({"in_features": 10**400}, "must be at most"),
+    ({"in_features": 2**62}, "must be at most"), ({"places": []}, "places"),
     ({"out_features": 2**31, "in_features": 2**28}, "are .*, must be at most 2147483647")])
 def test_a_checkpoint_with_impossible_sizes_is_refused(change, text):
     with pytest.raises(FormatError, match=text):
@@ -357,7 +358,9 @@ def test_a_checkpoint_with_impossible_sizes_is_refused(change, text):
     ({"density": float("nan")}, ArgumentError, "density"), ({"density": True}, ArgumentError, "density"),
     ({"alpha": 0}, ArgumentError, "alpha must be a number above 0, or None for a scale of 1; found 0"),
     ({"alpha": float("inf")}, ArgumentError, "alpha"), ({"alpha": True}, ArgumentError, "alpha"),
-    ({"alpha": "16"}, ArgumentError, "alpha"), ({"seed": -1}, ArgumentError, "seed must be a whole number from 0, or None"),
+    ({"alpha": "16"}, ArgumentError, "alpha"), ({"alpha": 10**400}, ArgumentError, "alpha"),
+    ({"alpha": float("nan")}, ArgumentError, "alpha"),
+    ({"seed": -1}, ArgumentError, "seed must be a whole number from 0, or None"),
     ({"seed": True}, ArgumentError, "seed"), ({"seed": "0"}, ArgumentError, "seed"),
     ({"in_features": 0}, ShapeError, "in_features must be at least 1"),
     ({"out_features": 2.5}, ArgumentError, "out_features"),

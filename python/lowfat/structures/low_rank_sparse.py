@@ -3,7 +3,8 @@
 v [r, in]   u [out, r]   values [nnz], row by row, and where they are: starts [out + 1] int32, columns [nnz] int16 or int32
 (see ops/low_rank_sparse.py). Where they are is drawn from a seed, or chosen (OATS, 2409.13652), and never changes."""
 import hashlib
-from math import isfinite, sqrt
+import sys
+from math import sqrt
 from typing import Any
 
 import torch
@@ -218,7 +219,7 @@ def check_sizes(in_features: int, out_features: int, rank: int, alpha: float | N
         raise ShapeError(f"rank must be between 0 and {min(in_features, out_features)} for {in_features} to "
                          f"{out_features} features, found {rank}")
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if alpha is not None and not (is_number and isfinite(alpha) and alpha > 0):
+    if alpha is not None and not (is_number and 0 < alpha <= sys.float_info.max):  # compares with any whole number, too
         raise ArgumentError(f"alpha must be a number above 0, or None for a scale of 1; found {alpha!r}")
 
 
