@@ -30,7 +30,7 @@ struct Positions {
     const auto* x = static_cast<const float*>(product.x);
     const auto* values = static_cast<const Element*>(product.w) + row * product.segments * product.kept;
     const int16_t* positions = product.positions + row * product.segments * product.kept;
-    const auto most = static_cast<uint16_t>(product.depth - 1);  // numbers that there are not mean this one
+    const auto depth = static_cast<uint16_t>(product.depth);
     Sum total = {};
     for (int64_t segment = 0; segment < product.segments; ++segment, x += product.depth * kTokens) {
       for (int64_t first = 0; first < product.kept; first += kListed) {
@@ -40,8 +40,9 @@ struct Positions {
         int32_t places[kListed];
         for (int64_t j = 0; j < count; ++j) {
           const auto position = static_cast<uint16_t>(positions[at + j]);
-          wide[j] = widen(values[at + j]);
-          places[j] = kTokens * (position < most ? position : most);
+          const bool is_there = position < depth;  // else the value is left out, and any input will do
+          wide[j] = is_there ? widen(values[at + j]) : 0.0f;
+          places[j] = is_there ? kTokens * position : 0;
         }
         Sum chains[4] = {};
         int64_t j = 0;

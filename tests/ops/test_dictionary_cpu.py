@@ -164,6 +164,11 @@ def check_level(seed: int = 0) -> int:
         wrong = (x.repeat(rows, 1), d, values, bad_support(support, done // 2 % 4), bias)
         for end in (True, False):
             OPS.dictionary(*(gates.at_guard_page(t, end=end) for t in wrong))
+        if form is torch.int16:  # a position that there is not is left out, on both paths
+            gone, none = torch.rand(support.shape) < 0.3, torch.tensor([-1, d.shape[2], 2**15 - 1], dtype=torch.int16)
+            positions = torch.where(gone, none[torch.randint(3, support.shape)], support)
+            due = OPS.dictionary(wrong[0], d, values.masked_fill(gone, 0), support, bias)
+            assert torch.equal(OPS.dictionary(wrong[0], d, values, positions, bias), due), what
         done += 1
     return done
 
