@@ -1,4 +1,4 @@
-// Sums and maxima over the lanes of a warp, always in the same order, so that the same inputs give the same bits.
+// Sums, counts and maxima over the lanes of a warp, always in the same order, so that the same inputs give the same bits.
 #pragma once
 
 #include "device/simt.h"
@@ -21,6 +21,19 @@ LOWFAT_DEVICE float lanes_max(float v) {
 #pragma unroll
   for (int with = 1; with < kLanes; with *= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, with));
   return v;
+}
+
+// Of counts in kLanes neighbouring lanes: what those below this one have; `count` becomes what all have.
+template <int kLanes>
+LOWFAT_DEVICE int lanes_before(int& count) {
+  int before = 0;
+#pragma unroll
+  for (int with = 1; with < kLanes; with *= 2) {
+    const int other = __shfl_xor_sync(kAllLanes, count, with);
+    if (lane_index() & with) before += other;
+    count += other;
+  }
+  return before;
 }
 
 LOWFAT_DEVICE float quad_sum(float v) { return lanes_sum<4>(v); }  // the four lanes that share a row of an mma's d

@@ -136,13 +136,8 @@ __global__ void __launch_bounds__(Config::kThreads) backward_count(const __grid_
     int before = 0;
     for (int first = 0; first < p.words; first += device::kWarpThreads) {
       const int word = first + lane;
-      int sum = word < p.words ? device::popcount(device::load(p.mask + (row * p.words + word))) : 0, below = 0;
-#pragma unroll
-      for (int with = 1; with < device::kWarpThreads; with *= 2) {
-        const int other = __shfl_xor_sync(device::kAllLanes, sum, with);
-        if (lane & with) below += other;
-        sum += other;
-      }
+      int sum = word < p.words ? device::popcount(device::load(p.mask + (row * p.words + word))) : 0;
+      const int below = device::lanes_before<device::kWarpThreads>(sum);
       if (word < p.words && word % p.tile_words == 0) {
         device::store(p.starts + (row * tiles + word / p.tile_words), before + below);
       }
@@ -318,13 +313,8 @@ struct Expansion {
 
   // Of the oldest of the stages asked for. The threads of a row are neighbours in a warp.
   LOWFAT_DEVICE void expand(uint4* smem_dense, const uint4* smem_values) const {
-    int sum = device::popcount(bits), in_front = 0;
-#pragma unroll
-    for (int with = 1; with < Config::kRowThreads; with *= 2) {
-      const int other = __shfl_xor_sync(device::kAllLanes, sum, with);
-      if (part & with) in_front += other;
-      sum += other;
-    }
+    int sum = device::popcount(bits);
+    const int in_front = device::lanes_before<Config::kRowThreads>(sum);
     const int begin = asked[0] & 7, end = begin + (asked[0] >> 3);
     const uint16_t* values = reinterpret_cast<const uint16_t*>(smem_values + stage_row * Config::kRunPieces);
     const auto element = [&](int column) -> uint32_t {

@@ -39,8 +39,8 @@ MUTANTS = [
     # Where runs begin.
     Mutant("count: a word counts itself", KERNEL, "before + below);", "before + sum);", TEST),
     Mutant("count: the second 32 words begin anew", KERNEL, "      before += sum;\n", "", TEST),
-    Mutant("count: from the wrong side", KERNEL, "if (lane & with) below += other;", "if (~lane & with) below += other;",
-           TEST),
+    Mutant("count: from the wrong side", "csrc/device/reduce.h", "if (lane_index() & with) before += other;",
+           "if (~lane_index() & with) before += other;", TEST),
     # The expanding product.
     Mutant("expand: places as if runs began with a piece", KERNEL, "const int begin = asked[0] & 7,",
            "const int begin = 0,", TEST),
