@@ -110,13 +110,7 @@ class Wavelet(Structure):
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """(v [pairs r, in], u [out, pairs r]) in fp64, of which the adapter's weight is (alpha / rank) u v."""
-        pairs, gain = self._pairs(), None if self.gain is None else self.gain.double()
-        v, u = self.v.double(), self.u.double()
-        firsts = [v[:, pair.columns] for pair in pairs]
-        if gain is not None:
-            firsts = [row[:, None] * first for row, first in zip(gain, firsts)]
-        return (torch.cat([_back(first, pair.source, self.in_features, self.filter) for first, pair in zip(firsts, pairs)]),
-                torch.cat([_back(u[pair.rows].mT, pair.target, self.out_features, self.filter) for pair in pairs]).mT)
+        return plain_factors(self.v, self.u, self.gain, self._pairs(), self.in_features, self.out_features, self.filter)
 
     def delta(self) -> Tensor:
         """The adapter's weight in fp64.   [out, in]"""
@@ -284,6 +278,17 @@ def subband(weight: Tensor, pair: Pair, filter: str) -> Tensor:
     """What of a weight [out, in] goes from one half of the inputs to one of the outputs.   [rows, columns] of the pair"""
     columns = analyze(weight, filter, pair.source[0] + 1)[pair.source[0]][pair.source[1]]
     return analyze(columns.mT, filter, pair.target[0] + 1)[pair.target[0]][pair.target[1]].mT
+
+
+def plain_factors(v: Tensor, u: Tensor, gain: Tensor | None, pairs: list[Pair], k: int, n: int,
+                  filter: str) -> tuple[Tensor, Tensor]:
+    """(v [pairs r, k], u [n, pairs r]) in fp64: those of a low-rank matrix of features that is the adapter's."""
+    v, u = v.double(), u.double()
+    firsts = [v[:, pair.columns] for pair in pairs]
+    if gain is not None:
+        firsts = [row[:, None] * first for row, first in zip(gain.double(), firsts)]
+    return (torch.cat([_back(first, pair.source, k, filter) for first, pair in zip(firsts, pairs)]),
+            torch.cat([_back(u[pair.rows].mT, pair.target, n, filter) for pair in pairs]).mT)
 
 
 def _back(half: Tensor, where: tuple[int, int], size: int, filter: str) -> Tensor:
