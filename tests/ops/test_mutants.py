@@ -12,8 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import low_rank_sparse_mutants  # noqa: E402  (beside this file, and run as a program by it)
 import mutants  # noqa: E402
 import sparse_mutants  # noqa: E402
+import wavelet_mutants  # noqa: E402
 
-PROGRAMS = {"low_rank": mutants, "sparse": sparse_mutants, "low_rank_sparse": low_rank_sparse_mutants}
+PROGRAMS = {"low_rank": mutants, "sparse": sparse_mutants, "low_rank_sparse": low_rank_sparse_mutants,
+            "wavelet": wavelet_mutants}
 ONE_RUN = {name: pytest.mark.xdist_group(f"mutants of {name}") for name in PROGRAMS}  # for all who ask
 ROWS = [pytest.param(name, number, marks=ONE_RUN[name])
         for name, program in PROGRAMS.items() for number in range(len(program.MUTANTS))]

@@ -235,7 +235,15 @@ def test_backward_reads_the_middle_it_is_given():
     assert torch.equal(once[0], twice[0]) and torch.equal(once[1], twice[1])
 
 
-def test_asks_backward_only_for_what_is_wanted(monkeypatch):
+def test_gain_alone_is_trained():
+    """As tiny does."""
+    x, v, gain, u = normal(6, 12, 8, 2, 1, "diag", torch.float64)
+    found = torch.autograd.grad(wavelet(x, v, u, gain.requires_grad_(), out_features=8, scale=2.0).sum(), gain)
+    expected = torch.autograd.grad(reference(x, v, gain, u, "haar", 1, "diag", 8, 2.0).sum(), gain)
+    assert (found[0] - expected[0]).abs().max() < 1e-13
+
+
+def test_asks_backward_only_for_what_is_wanted():
     x, v, gain, u = normal(6, 12, 8, 2, 1, "diag", torch.float64)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
