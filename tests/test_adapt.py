@@ -193,6 +193,14 @@ def logits_of(model):
         return model.eval()(input_ids=torch.arange(24).view(2, 12)).logits
 
 
+def test_inspect_takes_an_adapter_for_what_it_makes_of_its_layer(tiny_bert):
+    from lowfat.spectra import spectra
+
+    adapted(tiny_bert, layers=["*.query"])
+    found = {one.name: one for one in spectra(tiny_bert, layers=["*.query"])}
+    assert list(found) == list(adapters(tiny_bert)) and all(one.rank is None for one in found.values())
+
+
 def test_transformers_trainer_takes_them(tmp_path, tiny_bert):
     from transformers import Trainer, TrainingArguments
 

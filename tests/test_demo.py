@@ -123,7 +123,7 @@ def readme_commands() -> list[list[str]]:
 def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
     done = subprocess.run([sys.executable, "-c", "".join(blocks("python"))], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["for-everyone-else", "my-model-half"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["for-everyone-else", "my-adapter", "my-model-half"]
 
 
 @needs_readme

@@ -113,8 +113,11 @@ def _one(name: str, module: nn.Module, original: nn.Module | None, counted: set[
     return found
 
 
-def _rank_of(shape: dict) -> int:
-    """What a plan calls so: of a dictionary its atoms, of N:M pruning N, of a sum that of its first part."""
+def _rank_of(shape: dict) -> int | None:
+    """What a plan calls so: of a dictionary its atoms, of N:M pruning N, of a sum that of its first part. None for an
+    adapter, whose own rank is not that of the sum with its base layer."""
+    if "base_layer" in shape:
+        return None
     if "parts" in shape:
         return _rank_of(shape["parts"][0])
     return next(shape[name] for name in ("rank", "atoms", "n") if name in shape)
