@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from lowfat.errors import ShapeError, UnsupportedError
+from lowfat.errors import FormatError, ShapeError, UnsupportedError
 from lowfat.layers import dense_weight, replace
 from lowfat.structures import LowRank, Wavelet
 
@@ -27,7 +27,7 @@ def logits(model):
 def randomized(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_wavelet_u" in name:
                 parameter.copy_(torch.randn(parameter.shape))
     return model
 
@@ -49,7 +49,7 @@ def test_the_whole_way(request, name, targets, options, tmp_path):
     assert torch.equal(logits(loaded), adapted)
     for layer in (layer for layer in model.modules() if type(layer).__name__ == "WaveletLora"):
         ours = Wavelet(copy.deepcopy(layer.base_layer), rank=4, alpha=8.0, **options)
-        ours.v.data, ours.u.data = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+        ours.v.data, ours.u.data = (factor.data for factor in layer._factors("default"))
         x = torch.randn(3, layer.k)
         assert torch.equal(layer(x), ours(x)) and torch.equal(layer.get_delta_weight("default"), ours.delta())
         weight = dense_weight(layer.base_layer).clone()
@@ -73,12 +73,41 @@ def test_a_factorized_layer_is_adapted_and_not_merged(tiny_bert):
         model.merge_and_unload()
 
 
+def test_what_was_stored_is_not_taken_for_something_else(tiny_bert, tmp_path):
+    plain = copy.deepcopy(tiny_bert)
+    randomized(peft.get_peft_model(tiny_bert, config())).save_pretrained(tmp_path)
+    for options in ({"filter": "db2"}, {"levels": 2}, {"subbands": "all"}):
+        with pytest.raises(FormatError, match="made with other options than"):
+            peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path, config=config(options=options))
+    with pytest.warns(UserWarning, match="missing adapter keys"):  # without the registration: a new LoRA, which adds nothing
+        found = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    assert torch.equal(logits(found), logits(plain))
+
+
+def test_it_learns_and_switches(tiny_bert):
+    model = peft.get_peft_model(tiny_bert, config(use_rslora=True, lora_dropout=0.1))
+    model.add_adapter("second", config(r=2))
+    assert {layer.scaling["default"] for layer in model.modules() if type(layer).__name__ == "WaveletLora"} == {8 / 4**0.5}
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+    before = logits(model.eval())
+    model.train()(input_ids=torch.arange(24).view(2, 12), labels=torch.tensor([0, 2])).loss.backward()
+    optimizer.step()
+    after = logits(model.eval())
+    assert not torch.equal(after, before)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), before)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), after)
+    model.delete_adapter("default")
+
+
 @pytest.mark.parametrize("options, error, text", [
     ({"r": 17}, ShapeError, "rank must be between 1 and 16 for diag"),
     ({"options": {"levels": 6}}, ShapeError, "levels is 6"),
     ({"options": {"subbands": "shared+gain"}}, UnsupportedError, "no gains"),
     ({"lora_bias": True}, UnsupportedError, "lora_bias"),
     ({"init_lora_weights": "pissa"}, UnsupportedError, "init_lora_weights"),
+    ({"use_dora": True}, UnsupportedError, "use_dora"),
 ])
 def test_what_there_is_not(tiny_bert, options, error, text):
     with pytest.raises(error, match=text):
