@@ -37,7 +37,8 @@ KINDS = {"weights": "weights", "indices": "indices", "gradients": "gradients", "
 
 
 def tokenizer():
-    return PreTrainedTokenizerFast(tokenizer_file=str(quality.DATA / "lm" / "tokenizer.json"), pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_file=str(quality.DATA / "lm" / "tokenizer.json"), pad_token="<pad>",
+                                   bos_token="<s>", eos_token="</s>")
 
 
 def train(name: str) -> dict:
@@ -46,10 +47,13 @@ def train(name: str) -> dict:
     if not (out / "numbers.json").exists():
         rows, test = (read_rows(quality.DATA / "lm" / f"{split}.jsonl") for split in ("train", "test"))
         words, seconds = tokenizer(), time.monotonic()
-        model, report = pretrain(NANO.model_config(len(words)), rows, tokenizer=words, plan=PLANS[name], validation=test,
-                                 autocast=False, out=out / "model", overwrite=True, on_progress=lambda step, steps, what: print(
-                                     f"{name}: {step} of {steps}, {what}", flush=True) if step % 20 == 0 else None,
-                                 **NANO.options())
+
+        def tell(step: int, steps: int, what: str) -> None:
+            if step % 20 == 0:
+                print(f"{name}: {step} of {steps}, {what}", flush=True)
+
+        _, report = pretrain(NANO.model_config(len(words)), rows, tokenizer=words, plan=PLANS[name], validation=test,
+                             autocast=False, out=out / "model", overwrite=True, on_progress=tell, **NANO.options())
         write_json(out / "numbers.json", {
             "parameters": report.parameters, "losses": report.losses, "validation": report.validation,
             "ratio": report.replaced.ratio if report.replaced else 1.0, "resumed_from": report.resumed_from,
