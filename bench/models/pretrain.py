@@ -47,6 +47,7 @@ def train(name: str) -> dict:
     if not (out / "numbers.json").exists():
         rows, test = (read_rows(quality.DATA / "lm" / f"{split}.jsonl") for split in ("train", "test"))
         words, seconds = tokenizer(), time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
 
         def tell(step: int, steps: int, what: str) -> None:
             if step % 20 == 0:
