@@ -102,7 +102,7 @@ struct PrefillPlan {
 // Clocks of a multiprocessor for a slab of a tile, about: 2048 multiply-adds of the dense product in each, or 32 bytes from
 // L2 (estimated).
 LOWFAT_CONSTEXPR int64_t slab_clocks(const PrefillShape& s) {
-  return larger(s.rows() * s.tokens() * kSlab / 2048, s.stage_bytes() / 32);
+  return device::larger(s.rows() * s.tokens() * kSlab / 2048, s.stage_bytes() / 32);
 }
 
 // The tiles that are done soonest; the larger of equals.
