@@ -2,10 +2,10 @@
 //
 //   values [rows, stored]   mask [rows, words]   dense [rows, columns]      any dtype: only moved
 //
-// A warp has a row, and goes along it by 32 words of the mask at a time, a word to each lane: loaded together, and the bits in
-// front of each counted together. Then word by word, a column to each lane, the entries of some words at once. An entry's place among
-// the values is the number of bits in front of it. A wrong mask gives wrong numbers, but no access outside: what is past the
-// row's values is zero, and values that no bit names become zero.
+// A warp has a row, and goes along it by 32 words of the mask at a time, a word to each lane: loaded together, and the bits
+// in front of each counted together. Then word by word, a column to each lane, the entries of some words at once. An entry's
+// place among the values is the number of bits in front of it. A wrong mask gives wrong numbers, but no access outside: what
+// is past the row's values is zero, and values that no bit names become zero.
 //
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "device/bits.h"

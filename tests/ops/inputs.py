@@ -217,8 +217,8 @@ def class_18_not_finite_in_factors(op):
 
 
 def class_19_zeros_and_subnormals(op):
-    """0 * Inf is NaN as IEEE says; subnormal inputs and middles are not flushed. In bf16 on a CPU all those of an operand of a
-    product may count as zero: the result is right, or that of zeros in their place, and nothing between."""
+    """0 * Inf is NaN as IEEE says; subnormal inputs and middles are not flushed. In bf16 on a CPU all those of an operand
+    may count as zero: the result is right, or that of zeros in their place, and nothing between."""
     x, v, u, _ = numbers(2)
     v[:] = 0
     x[0, 0] = float("inf")
