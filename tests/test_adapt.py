@@ -193,6 +193,17 @@ def logits_of(model):
         return model.eval()(input_ids=torch.arange(24).view(2, 12)).logits
 
 
+def test_half_precision_is_trained_in_fp32_and_comes_back(tmp_path):
+    model = classifier().bfloat16()
+    lowfat.adapt(model, rank=2, tiny=True)
+    lowfat.finetune(model, rows(8), tokenizer=tokenizer(), steps=2, batch_size=4, max_length=12, autocast=False,
+                    out=tmp_path / "out")
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.bfloat16}
+    found = lowfat.load(tmp_path / "out")
+    assert digest(found) == digest(model) and torch.equal(logits_of(found), logits_of(model))
+    assert logits_of(lowfat.load(tmp_path / "out", dtype=torch.float32)).dtype == torch.float32
+
+
 def test_inspect_takes_an_adapter_for_what_it_makes_of_its_layer(tiny_bert):
     from lowfat.spectra import spectra
 

@@ -75,7 +75,8 @@ def unadapt(model: nn.Module, merge: bool = True) -> None:
             if merge is not layer.merged:
                 layer.merge() if merge else layer.unmerge()
         replace(model, name, layer.base_layer)
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
 
 
 def merge_adapters(model: nn.Module, keep_base: bool = False) -> None:

@@ -66,11 +66,15 @@ MUTANTS = [  # (file, text, its replacement)
     (LAYER, "        self.u.zero_()\n", "        self.u.uniform_()\n"),
     (LAYER, "1 / sqrt(_width(pair.columns)))", "1 / sqrt(self.in_features))"),
     (LAYER, 'row.fill_(pair.name in ("LL", "HH"))', "row.fill_(1)"),
-    (LAYER, "        self.base_layer = base_layer.requires_grad_(False)\n", "        self.base_layer = base_layer\n"),
+    (LAYER, "        base_layer.requires_grad_(False)  # not before what may fail\n", ""),
     (LAYER, "        if self.merged:\n            return y\n", ""),  # added twice
     (LAYER, "self.kept = weight.clone() if keep_base else None", "self.kept = weight if keep_base else None"),
-    (LAYER, "weight.copy_(weight.double() + self.delta())", "weight.add_(self.delta().to(weight.dtype))"),  # rounds twice
-    (LAYER, "self.delta() if self.kept is None else self.kept", "self.delta()"),
+    (LAYER, "rows.copy_(rows.double() + sign * self.scale * (some @ v))",
+     "rows.add_((sign * self.scale * (some @ v)).to(rows.dtype))"),  # rounds twice
+    (LAYER, "self._add_to(weight, -1)", "self._add_to(weight)"),
+    (LAYER, "if self.kept is None:", "if True:"),
+    (LAYER, "zip(weight.split(count), u.split(count))", "zip(weight.split(count), u.flip(0).split(count))"),
+    (LAYER, "v, u = v.to(self.gain.dtype), u.to(self.gain.dtype)", "pass"),
     (LAYER, "self.merged, self.kept = False, None", "self.merged = False"),
     (LAYER, "(self.scale * u).to(dtype)", "u.to(dtype)"),
     (LAYER, "- self.rank * len(self._pairs())", "- self.rank"),

@@ -125,12 +125,24 @@ def test_tiny_has_the_singular_vectors_of_the_base_layers_subbands(base, filter)
     assert (whole.delta() - dense_weight(whole.base_layer)).abs().max() < 1e-13  # all of them make the weight itself
 
 
+def test_tiny_factors_follow_the_gains_to_another_dtype():
+    """Where training makes parameters fp32 and leaves buffers."""
+    layer = random_layer(dtype=torch.bfloat16, tiny=True)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.float()
+    assert layer.v.dtype == torch.bfloat16
+    x = torch.randn(5, 16)
+    error = (layer(x) - linear(x, layer.dense(), layer.bias)).norm()
+    assert error <= 16 * 24 * gates.ROUNDOFF[torch.float32] * x.norm() * layer.dense().norm()
+
+
 def test_tiny_refuses_a_weight_that_is_not_finite():
     base = nn.Linear(8, 8)
     with torch.no_grad():
         base.weight[3, 4] = float("nan")
     with pytest.raises(NumericsError, match="NaN or infinity"):
         Wavelet(base, rank=2, tiny=True)
+    assert base.weight.requires_grad
 
 
 # --- merging ---
@@ -160,6 +172,18 @@ def test_merging_rounds_once_and_is_taken_back(k, n, base, dtype):
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     layer.unmerge()
     assert torch.equal(dense_weight(layer.base_layer), before) and layer.kept is None
+
+
+@torch.no_grad()
+def test_a_large_weight_is_merged_in_pieces():
+    layer = random_layer(13, 24)
+    whole = layer.dense()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowfat.structures.wavelet._BLOCK", 40)  # three rows
+        pieces = layer.dense()
+        layer.merge()
+    assert (pieces - whole).abs().max() <= 4 * EPS * (whole.abs().max() + layer.delta().abs().max())
+    assert torch.equal(layer.base_layer.weight, pieces)
 
 
 def test_a_base_layer_that_is_kept_comes_back_bit_for_bit():

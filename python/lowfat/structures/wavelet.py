@@ -18,6 +18,8 @@ from .low_rank import LowRank, LowRankGroup
 from .structure import Structure, check_counts, dense_weight, is_conv1d, sizes
 from .sum import PARTS, Sum
 
+_BLOCK = 1 << 22  # elements of the weight that are merged at a time: 32 MiB in fp64
+
 
 class Wavelet(Structure):
     """y = base_layer(x) + (alpha / rank) W^T C W x, where W are wavelet transforms.   x [..., in], y [..., out]
@@ -45,7 +47,7 @@ class Wavelet(Structure):
         check_options(k, n, rank, alpha, filter, levels, subbands, tiny)
         self.in_features, self.out_features, self.rank, self.alpha = k, n, rank, alpha
         self.filter, self.levels, self.subbands, self.tiny = filter, levels, subbands, tiny
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer = base_layer
         pairs, like = self._pairs(), next(base_layer.parameters())
         place = {"device": like.device if device is None else device, "dtype": like.dtype if dtype is None else dtype}
         v = torch.empty(rank, pairs[-1].columns.stop, **place)
@@ -57,6 +59,7 @@ class Wavelet(Structure):
         self.merged = False
         self.register_buffer("kept", None, persistent=False)  # the base layer's weight while merged, if it is to come back
         self.reset_parameters()
+        base_layer.requires_grad_(False)  # not before what may fail
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -104,8 +107,11 @@ class Wavelet(Structure):
         y = self.base_layer(x)
         if self.merged:
             return y
-        return y + wavelet(x, self.v, self.u, self.gain, out_features=self.out_features, filter=self.filter,
-                           levels=self.levels, subbands=self.subbands, scale=self.scale)
+        v, u = self.v, self.u
+        if self.tiny:  # buffers, which stay as they are where training makes parameters fp32
+            v, u = v.to(self.gain.dtype), u.to(self.gain.dtype)
+        return y + wavelet(x, v, u, self.gain, out_features=self.out_features, filter=self.filter, levels=self.levels,
+                           subbands=self.subbands, scale=self.scale)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -119,8 +125,10 @@ class Wavelet(Structure):
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        weight = dense_weight(self.base_layer)
-        return weight.clone() if self.merged else (weight.double() + self.delta()).to(weight.dtype)
+        weight = dense_weight(self.base_layer).clone()
+        if not self.merged:
+            self._add_to(weight)
+        return weight
 
     @torch.no_grad()
     def merge(self, keep_base: bool = False) -> None:
@@ -138,7 +146,7 @@ class Wavelet(Structure):
         else:
             weight = dense_weight(self.base_layer)
             self.kept = weight.clone() if keep_base else None
-            weight.copy_(weight.double() + self.delta())
+            self._add_to(weight)
         self.merged = True
 
     @torch.no_grad()
@@ -151,8 +159,18 @@ class Wavelet(Structure):
             self.base_layer = LowRank.of(layer.v[:rank], layer.u[:, :rank], layer.bias).requires_grad_(False)
         else:
             weight = dense_weight(self.base_layer)
-            weight.copy_(weight.double() - self.delta() if self.kept is None else self.kept)
+            if self.kept is None:
+                self._add_to(weight, -1)
+            else:
+                weight.copy_(self.kept)
         self.merged, self.kept = False, None
+
+    def _add_to(self, weight: Tensor, sign: int = 1) -> None:
+        """Rounds once; some rows at a time, as a large weight in fp64 needs four times its memory in bf16."""
+        v, u = self.factors()
+        count = max(1, _BLOCK // self.in_features)
+        for rows, some in zip(weight.split(count), u.split(count)):
+            rows.copy_(rows.double() + sign * self.scale * (some @ v))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._refuse_merged(prefix)
