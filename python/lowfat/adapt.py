@@ -15,7 +15,7 @@ from .errors import ArgumentError, FormatError, LowfatError, NumericsError
 from .layers import adaptable, replace, skipped
 from .structures import Wavelet
 from .structures.structure import sizes
-from .structures.wavelet import check_base, check_mergeable, check_options
+from .structures.wavelet import check_base, check_options
 from .strict_json import read_json
 from .tensor_file import read_tensors
 
@@ -69,7 +69,7 @@ def unadapt(model: nn.Module, merge: bool = True) -> None:
     for name, layer in found.items():
         with _named(name):
             if merge and not layer.merged:
-                check_mergeable(layer.base_layer)
+                layer.check_mergeable()
     for name, layer in found.items():
         with _named(name):
             if merge is not layer.merged:
@@ -84,7 +84,7 @@ def merge_adapters(model: nn.Module, keep_base: bool = False) -> None:
     found = {name: layer for name, layer in _adapters(model).items() if not layer.merged}
     for name, layer in found.items():
         with _named(name):
-            check_mergeable(layer.base_layer)
+            layer.check_mergeable()
     for name, layer in found.items():
         with _named(name):
             layer.merge(keep_base)

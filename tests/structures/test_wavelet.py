@@ -229,6 +229,13 @@ def test_other_structures_are_not_merged_into(base):
     assert not layer.merged and all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
+def test_a_low_rank_base_layer_takes_no_more_rank_than_it_can_have():
+    layer = trained(LowRank(16, 24, 10), rank=2, subbands="all")
+    with pytest.raises(UnsupportedError, match="LowRank of rank 10, to which merging would add 8; it can have at most 16"):
+        layer.merge()
+    assert not layer.merged and layer.base_layer.rank == 10
+
+
 # --- as a module ---
 
 @pytest.mark.parametrize("base", BASES)

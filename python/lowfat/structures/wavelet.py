@@ -135,10 +135,11 @@ class Wavelet(Structure):
         """Adds the adapter to the base layer's weight, with one rounding, so that it costs nothing any more.
 
         A LowRank base layer takes it as additional rank, rounded to its dtype. keep_base: a copy of the weight stays, and
-        unmerge() gives back its bits. Raises ArgumentError if that has been done, UnsupportedError for other structures."""
+        unmerge() gives back its bits. Raises ArgumentError if that has been done, UnsupportedError for other structures,
+        or where a LowRank would come to more rank than it has features."""
         if self.merged:
             raise ArgumentError("the adapter is merged already; unmerge() first")
-        check_mergeable(self.base_layer)
+        self.check_mergeable()
         if isinstance(self.base_layer, LowRank):
             dtype = self.base_layer.v.dtype
             v, u = self.factors()
@@ -148,6 +149,17 @@ class Wavelet(Structure):
             self.kept = weight.clone() if keep_base else None
             self._add_to(weight)
         self.merged = True
+
+    def check_mergeable(self) -> None:
+        """UnsupportedError for a structure whose factors cannot take any other weight, or not one of this rank."""
+        base = self.base_layer
+        if isinstance(base, Structure) and not isinstance(base, LowRank):
+            raise UnsupportedError(f"base_layer is a {type(base).__name__}, which cannot hold the sum; only Linear, Conv1D "
+                                   "and LowRank can be merged into")
+        most, more = min(self.in_features, self.out_features), self.rank * len(self._pairs())
+        if isinstance(base, LowRank) and base.rank + more > most:
+            raise UnsupportedError(f"base_layer is a LowRank of rank {base.rank}, to which merging would add {more}; it can "
+                                   f"have at most {most}")
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -238,13 +250,6 @@ def check_base(base_layer: nn.Module) -> None:
             raise UnsupportedError(f"base_layer.{name} is sharded over processes; put the adapter on before that")
         if tensor.dtype not in DTYPES:
             raise DtypeError(f"base_layer.{name} has {tensor.dtype}, must be float64, float32, float16 or bfloat16")
-
-
-def check_mergeable(base_layer: nn.Module) -> None:
-    """UnsupportedError for a structure whose factors cannot take any other weight."""
-    if isinstance(base_layer, Structure) and not isinstance(base_layer, LowRank):
-        raise UnsupportedError(f"base_layer is a {type(base_layer).__name__}, which cannot hold the sum; only Linear, "
-                               "Conv1D and LowRank can be merged into")
 
 
 def _described(base_layer: nn.Module) -> dict[str, Any]:
