@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lowfat
-from lowfat.errors import ArgumentError
+from lowfat.errors import ArgumentError, UnsupportedError
 from lowfat.optimizers import PerLayer, parameter_groups
 from lowfat.structures import Structure
 
@@ -93,8 +93,56 @@ def test_goes_on_from_a_saved_state(model):
         assert torch.equal(left, right), name
 
 
+class Coarse(torch.optim.Optimizer):
+    """Keeps a number and bytes as its state, as optimizers of 8 bits do; torch would make the bytes floats on loading."""
+
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in (one for one in group["params"] if one.grad is not None):
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                state["bytes"] = state.get("bytes", torch.zeros(parameter.shape, dtype=torch.uint8)) + 1
+                assert state["bytes"].dtype == torch.uint8
+                parameter -= group["lr"] * 1e-3 * state["bytes"] * state["step"]
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for parameter, state in zip(self.param_groups[0]["params"], state_dict["state"].values()):
+            self.state[parameter]["bytes"] = state["bytes"].clone()
+
+
+def test_a_state_of_numbers_and_bytes_goes_through_files(model, tmp_path):
+    from lowfat.recovery.training_state import restore_optimizer, training_state
+    from lowfat.storage import write_json, write_tensors
+    from lowfat.strict_json import read_json
+    from lowfat.tensor_file import read_tensors
+
+    other = copy.deepcopy(model)
+    first = PerLayer(parameter_groups(model), Coarse, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.ConstantLR(first)
+    steps(model, first, 2)
+    tensors, state = training_state(model, first, schedule)
+    write_tensors(tmp_path / "state.safetensors", tensors)
+    write_json(tmp_path / "state.json", {"numbers": state["numbers"], "optimizer": state["optimizer"]})
+    other.load_state_dict(model.state_dict())
+    steps(model, first, 2)
+    second, state = PerLayer(parameter_groups(other), Coarse, lr=1.0), read_json(tmp_path / "state.json")
+    restore_optimizer(other, second, read_tensors(tmp_path / "state.safetensors") | state["numbers"], state["optimizer"])
+    steps(other, second, 2)
+    for (name, left), right in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
 def test_what_per_layer_updates_cannot_do(model):
+    model.lm_head.requires_grad_(False)
     optimizer = PerLayer(model.parameters(), lr=1e-2)
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(UnsupportedError, match="add_param_group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     tokens = torch.ones(1, 4, dtype=torch.int64)
     model(tokens, labels=tokens).loss.backward()
     with pytest.raises(ArgumentError, match="cannot accumulate"):

@@ -148,15 +148,14 @@ def pretrain(
     Example:  lowfat pretrain nano new --data lowfat-demo/texts.jsonl \\
                   --tokenizer all-MiniLM-L6-v2 --steps 20
     """
-    from transformers import AutoTokenizer
-
+    from .job import open_tokenizer
     from .presets import PRESETS
     from .pretrain import draw
     from .pretrain import pretrain as strategy
 
     preset, where, rows = PRESETS.get(config), device_of(device), read_rows(data)
     judged = validation and read_rows(validation)
-    words = AutoTokenizer.from_pretrained(model_folder(tokenizer))
+    words = open_tokenizer(model_folder(tokenizer))
     given = {"steps": steps, "batch_size": batch_size, "length": length, "warmup": warmup, "optimizer": optimizer,
              "clip": clip}
     options = (preset.options() if preset else {}) | {name: value for name, value in given.items() if value is not None}

@@ -86,12 +86,7 @@ def open_model(folder: str | Path, *, task: str | None = None, device: str | tor
         raise ArgumentError(f"{folder}: {'no config.json, so not a model' if folder.is_dir() else 'no such folder'}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        # transformers makes an empty tokenizer up where there is none, and every text becomes unknown tokens
-        has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-        if reads_text and not has_tokenizer:
-            raise ArgumentError(f"{folder}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
-                                "save it with the model")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+        tokenizer = open_tokenizer(folder) if reads_text or _has_tokenizer(folder) else None
         names = getattr(config, "architectures", None) or [None]
         fits = task in (None, task_of(config)) and hasattr(transformers, names[0] or "")
         name = names[0] if fits else AUTO_CLASSES[task or task_of(config)]
@@ -109,6 +104,20 @@ def open_model(folder: str | Path, *, task: str | None = None, device: str | tor
             raise
         raise ArgumentError(f"{folder}: cannot be opened: {str(error).splitlines()[0]}") from error
     return model.eval().to(device), tokenizer
+
+
+def open_tokenizer(folder: str | Path):
+    """The tokenizer of a folder; ArgumentError where there is none: transformers makes an empty one up then, and every text
+    becomes unknown tokens."""
+    from transformers import AutoTokenizer
+
+    if not _has_tokenizer(Path(folder)):
+        raise ArgumentError(f"{folder}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it with the model")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _dense(folder: Path, name: str):

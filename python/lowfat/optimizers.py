@@ -47,11 +47,12 @@ class PerLayer(Optimizer):
     is freed there, so that never more than a few exist (LOMO, 2306.09782; the per-layer updates of GaLore and SLTrain).
 
     make: what makes that optimizer, as torch.optim.AdamW; params and options are for it. It computes what a step after the
-    backward pass would, bit for bit, unless it looks at several parameters at a time. step() and zero_grad() have nothing
-    left to do; learning-rate schedulers and state_dict() work as always, closures do not.
+    backward pass would, bit for bit, unless it looks at several parameters at a time. step() only says that a pass has ended;
+    learning-rate schedulers and state_dict() work as always, closures do not. Frozen parameters stay as they are.
 
     A backward pass is an update: neither can gradients be accumulated over several (a second pass before step() raises
-    ArgumentError) nor clipped by their common norm, nor averaged over processes (UnsupportedError where there are several).
+    ArgumentError) nor clipped by their common norm, nor scaled (a GradScaler), nor averaged over processes (UnsupportedError
+    where there are several).
     remove() ends it."""
 
     def __init__(self, params: Iterable[Any], make: Callable[..., Optimizer] = torch.optim.AdamW, **options: Any):
@@ -64,7 +65,7 @@ class PerLayer(Optimizer):
         self._make, self._options, self._updated = make, options, set()
         self._link()
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._update)
-                       for group in self.param_groups for parameter in group["params"]]
+                       for group in self.param_groups for parameter in group["params"] if parameter.requires_grad]
 
     def _link(self) -> None:
         """One optimizer for each parameter, its state in this one's."""
@@ -91,8 +92,21 @@ class PerLayer(Optimizer):
         self._updated.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        """Each parameter's part by the optimizer's own rule: one that keeps moments in 8 bits takes them as they are."""
+        super().load_state_dict({**state_dict, "state": {}})
         self._link()
+        for number, (single, _) in enumerate(self._single.values()):
+            if number in state_dict["state"]:
+                options = {**single.param_groups[0], "params": [0]}
+                single.load_state_dict({"state": {0: state_dict["state"][number]}, "param_groups": [options]})
+                self.state.update(single.state)
+                single.state = self.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the hooks are there: what came later would never be updated."""
+        if hasattr(self, "_hooks"):
+            raise UnsupportedError("add_param_group: per-layer updates know their parameters from the start; make a new one")
+        super().add_param_group(param_group)
 
     def remove(self) -> None:
         """Takes the hooks off the parameters."""

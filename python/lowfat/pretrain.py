@@ -38,6 +38,8 @@ def pretrain(config, train: Sequence[Mapping], *, tokenizer, plan: Mapping[str, 
              on_progress=None) -> tuple[nn.Module, PretrainReport]:
     """Makes a causal model from a config, with new structures where the plan wants them, and trains it on texts.
 
+    Data are lists of Python numbers on the way, about 100 bytes a token: for some hundred million tokens at most.
+
     config: a transformers config, or the folder of one. plan, layers: of replace(); no plan: all layers stay dense. The texts
     are joined by the end token and cut in pieces of `length` tokens, batch_size of them an update, in `accumulate` parts.
     The rate rises over warmup steps (a tenth by default), then falls as a cosine to `lowest` of it. weight_decay: see
@@ -61,11 +63,22 @@ def pretrain(config, train: Sequence[Mapping], *, tokenizer, plan: Mapping[str, 
                "per_layer": per_layer, "optimizer": optimizer, "autocast": objective.autocast, "seed": seed}
 
     def run(states):
-        with ready(objective, tokenizer):
-            return train_phase(objective, in_order(data, steps * batch_size, seed), tokenizer,
-                               Phase(steps, learning_rate, total=steps, schedule="cosine_with_min_lr"),
-                               updates=Updates(weight_decay, clip, accumulate, warmup, lowest, make), batch_size=batch_size,
-                               seed=seed, states=states, save_every=save_every, on_progress=on_progress)[0]
+        hooked = []
+
+        def made_once(model: nn.Module):
+            hooked.append(make(model))
+            return hooked[-1]
+
+        try:
+            with ready(objective, tokenizer):
+                return train_phase(objective, in_order(data, steps * batch_size, seed), tokenizer,
+                                   Phase(steps, learning_rate, total=steps, schedule="cosine_with_min_lr"),
+                                   updates=Updates(weight_decay, clip, accumulate, warmup, lowest, made_once),
+                                   batch_size=batch_size, seed=seed, states=states, save_every=save_every,
+                                   on_progress=on_progress)[0]
+        finally:
+            for one in hooked if per_layer else ():
+                one.remove()
 
     state = run_into(out, run, objective, tokenizer, data, options, overwrite)
     report = PretrainReport("lm", steps, state.resumed_from, str(device), objective.autocast, time.monotonic() - started,

@@ -1,4 +1,5 @@
 """What the strategies share: checks of their arguments, a phase of training by transformers.Trainer, the result on disk."""
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from ..errors import ArgumentError, DeviceError
 from ..evaluate import judged
 from ..model_inputs import fitting, padding
 from ..pooling import carry_pooling, pooling_of
-from ..structures import STRUCTURES
+from ..structures import STRUCTURES, structures
 from .objective import Objective
 
 
@@ -142,9 +143,17 @@ def run_into(out: str | Path | None, run: Callable, objective: Objective, tokeni
 
 def _fingerprint(objective: Objective, data, options: dict) -> dict:
     model, teacher = objective.student, objective.teacher
-    return {"model": progress.tensors_digest(model.state_dict().items()),
-            "teacher": teacher and progress.tensors_digest(teacher.state_dict().items()), "pooling": objective.pooling,
+    return {"model": _digest(model), "teacher": teacher and _digest(teacher), "pooling": objective.pooling,
+            "trained": progress.json_digest([name for name, parameter in model.named_parameters() if parameter.requires_grad]),
             "data": progress.json_digest(data), "options": options} | progress.environment(model.device)
+
+
+def _digest(model) -> str:
+    """Of what a model computes: its tensors, the arguments of its structures, its config but for where it lies."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+    shapes = {name: {"structure": type(layer).__name__, **layer.shape()} for name, layer in structures(model)}
+    return progress.json_digest([progress.tensors_digest(model.state_dict().items()), shapes,
+                                 json.loads(json.dumps(config, default=str))])
 
 
 @contextmanager

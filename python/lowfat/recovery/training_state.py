@@ -85,7 +85,7 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
             state = read_json(Path(checkpoint) / STATE)
-            restore_optimizer(self.model, self.optimizer, self._tensors(checkpoint), state["optimizer"])
+            restore_optimizer(self.model, self.optimizer, self._tensors(checkpoint) | state["numbers"], state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint):
@@ -136,8 +136,11 @@ def newest_state(states: Path) -> Path | None:
 def training_state(model, optimizer, scheduler) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, JSON) of everything that training from here on depends on."""
     tensors, rng = rng_state()
-    tensors |= model_tensors(model) | moments_of(model, optimizer)
-    return tensors, {"optimizer": optimizer.state_dict()["param_groups"], "scheduler": scheduler.state_dict(), "rng": rng}
+    moments = moments_of(model, optimizer)
+    numbers = {name: value for name, value in moments.items() if not isinstance(value, torch.Tensor)}
+    tensors |= model_tensors(model) | {name: value for name, value in moments.items() if name not in numbers}
+    return tensors, {"optimizer": optimizer.state_dict()["param_groups"], "numbers": numbers,
+                     "scheduler": scheduler.state_dict(), "rng": rng}
 
 
 def model_tensors(model) -> dict[str, torch.Tensor]:
@@ -146,7 +149,8 @@ def model_tensors(model) -> dict[str, torch.Tensor]:
 
 
 def moments_of(model, optimizer) -> dict[str, torch.Tensor]:
-    """{"optimizer.NAME.KEY": tensor} by the parameter's name: its number changes when layers are replaced; not copies."""
+    """{"optimizer.NAME.KEY": tensor, or number} by the parameter's name: its own number changes when layers are replaced; not
+    copies."""
     names = _names(model, optimizer)
     return {f"optimizer.{names[index]}.{key}": value for index, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()}
@@ -178,7 +182,7 @@ def restore_optimizer(model, optimizer, tensors: dict[str, torch.Tensor], groups
         name, _, key = full.removeprefix("optimizer.").rpartition(".")
         if full.startswith("optimizer.") and name in numbers:
             # a copy: neither a view of the file, which is removed later, nor of what a second attempt starts from
-            state.setdefault(numbers[name], {})[key] = tensor.clone()
+            state.setdefault(numbers[name], {})[key] = tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
