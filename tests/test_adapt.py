@@ -349,3 +349,19 @@ def test_another_model_is_refused(tiny_bert, tiny_llama, tmp_path):
 def test_an_adapter_itself_is_no_model():
     with pytest.raises(ArgumentError, match=r"model is an adapter itself; use its merge\(\)"):
         lowfat.merge_adapters(Wavelet(nn.Linear(8, 8), rank=2))
+
+
+def test_layers_that_share_a_factor_share_it_again_after_unmerge(tiny_bert):
+    lowfat.factorize(tiny_bert, lowfat.plan(tiny_bert, method="svd", ratio=0.4, share=2))
+    before = copy.deepcopy(tiny_bert)
+    ties = tiny_bert.all_tied_weights_keys
+    lowfat.adapt(tiny_bert, rank=2, subbands="LL")
+    lowfat.merge_adapters(tiny_bert)
+    lowfat.unmerge_adapters(tiny_bert)
+    lowfat.unadapt(tiny_bert, merge=False)
+    assert tiny_bert.all_tied_weights_keys == ties
+    queries = [layer.attention.self.query for layer in tiny_bert.bert.encoder.layer]
+    assert queries[0].v is queries[1].v
+    assert sum(one.numel() for one in tiny_bert.parameters()) == sum(one.numel() for one in before.parameters())
+    for (name, left), right in zip(tiny_bert.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name

@@ -11,8 +11,8 @@ SCRIPT = Path(__file__).parent / "trained_in_processes.py"
 
 def trained(kind: str, count: int, folder: Path) -> dict[str, torch.Tensor]:
     out = folder / f"{kind}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), str(SCRIPT), kind,
-               str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), str(SCRIPT),
+               kind, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)

@@ -33,7 +33,8 @@ def digest(model):
 
 def test_learns_with_the_structure_asked_for_and_opens_again(tmp_path):
     model, report = run(steps=30, out=tmp_path / "new", validation=rows(6))
-    assert set(report.replaced.layers) == {name for name, layer in model.named_modules() if isinstance(layer, lowfat.LowRank)}
+    assert set(report.replaced.layers) == {name for name, layer in model.named_modules()
+                                           if isinstance(layer, lowfat.LowRank)}
     assert len(report.replaced.layers) == 14
     assert report.losses[-1]["loss"] < report.losses[0]["loss"] - 0.5
     assert report.validation["nats_per_token"] < math.log(40)

@@ -38,7 +38,8 @@ def test_the_linears_of_the_blocks_by_default(tiny_llama):
 
 def test_the_first_pattern_that_matches_counts(tiny_llama):
     monarch = {"structure": "Monarch", "blocks": 2, "rank": 1}
-    report = lowfat.replace(tiny_llama, {"*q_proj": {"structure": "Sparse24"}, "*self_attn*": monarch, "*down_proj": LOW_RANK})
+    report = lowfat.replace(tiny_llama, {"*q_proj": {"structure": "Sparse24"}, "*self_attn*": monarch,
+                                         "*down_proj": LOW_RANK})
     kinds = {name.rpartition(".")[2]: type(tiny_llama.get_submodule(name)) for name in report.layers}
     assert kinds == {"q_proj": Sparse24, "k_proj": Monarch, "v_proj": Monarch, "o_proj": Monarch, "down_proj": LowRank}
     assert "not in the plan" in {report.skipped[name] for name in report.skipped if name.endswith("up_proj")}
@@ -73,6 +74,14 @@ def test_new_layers_follow_the_seed_of_torch(tiny_llama):
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
+@pytest.mark.parametrize("in_sum", [False, True])
+def test_every_layer_draws_its_own_support(tiny_llama, in_sum):
+    sparse = {"structure": "LowRankSparse", "rank": 2, "density": 0.1, "seed": 7}
+    lowfat.replace(tiny_llama, {"structure": "Sum", "parts": [{"structure": "Sparse24"}, sparse]} if in_sum else sparse)
+    layers = [block.mlp.up_proj.parts[1] if in_sum else block.mlp.up_proj for block in tiny_llama.model.layers]
+    assert layers[0].seed >= 7 and not torch.equal(layers[0].columns, layers[1].columns)
+
+
 def test_plain_torch_modules_and_dtypes():
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4, bias=False)).double()
     lowfat.replace(model, {"*": LOW_RANK})
@@ -85,6 +94,7 @@ def test_plain_torch_modules_and_dtypes():
     ({}, ArgumentError, "plan must be"),
     ("LowRank", ArgumentError, "plan must be"),
     ({"structure": "LowRanks", "rank": 4}, ArgumentError, "structure must be one of LowRank"),
+    ({"structure": "Wavelet", "rank": 4}, ArgumentError, "structure must be one of LowRank"),
     ({"structure": ["LowRank"]}, ArgumentError, "structure must be one of LowRank"),
     ({"*": 4}, ArgumentError, "structure must be one of"),
     ({"*nothing": LOW_RANK}, ArgumentError, "matches no linear layer"),
@@ -109,7 +119,8 @@ def test_layers_go_with_one_structure_for_all(tiny_llama):
 
 @pytest.mark.parametrize("spec", [LOW_RANK, {"structure": "Monarch", "blocks": 2, "rank": 2}, {"structure": "Sparse24"},
                                   {"structure": "Dictionary", "atoms": 16, "nonzeros": 4},
-                                  {"structure": "LowRankSparse", "rank": 4, "density": 0.1}], ids=lambda spec: spec["structure"])
+                                  {"structure": "LowRankSparse", "rank": 4, "density": 0.1}],
+                         ids=lambda spec: spec["structure"])
 def test_gradients_under_checkpointing_and_autocast(tiny_llama, spec):
     """Recomputed activations give the same bits; under autocast the layers compute in bf16 and their gradients are fp32."""
     lowfat.replace(tiny_llama, spec)

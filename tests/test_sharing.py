@@ -182,6 +182,18 @@ def test_later_numbers_of_a_name_are_part_of_its_kind():
         assert choice.group == (f"blocks.0.{name[-1]}", f"blocks.1.{name[-1]}")
 
 
+def test_numbers_before_that_of_the_block_are_part_of_a_kind():
+    """As sentence-transformers names them, and models in stages, whose sizes differ from one stage to the next."""
+    from lowfat.sharing import grouped
+
+    names = [f"0.auto_model.layer.{block}.up" for block in range(4)]
+    assert [list(group) for group in grouped({name: nn.Linear(4, 6) for name in names}, 2, "svd")] == [names[:2], names[2:]]
+    stages = {f"layers.{stage}.blocks.{block}.up": nn.Linear(4 << stage, 8) for stage in (0, 1) for block in (0, 1)}
+    assert [list(group) for group in grouped(stages, 2, "svd")] == [list(stages)[:2], list(stages)[2:]]
+    with pytest.raises(ArgumentError, match="share is 2: no two layers have the same sizes"):
+        grouped({"layers.0.up": nn.Linear(4, 6), "layers.1.up": nn.Linear(4, 8)}, 2, "svd")
+
+
 def test_kinds_are_names_without_the_number_of_the_block(tiny_bert):
     made = plan(tiny_bert, method="svd", ratio=0.5, share=2)
     names = list(factorizable(tiny_bert))

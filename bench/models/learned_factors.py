@@ -1,8 +1,8 @@
-"""Learned sparse factors against fine-tuned low rank at equal bits and equal steps: `python bench/models/learned_factors.py`,
-or `--page` for the page alone.
+"""Learned sparse factors against fine-tuned low rank at equal bits and steps: `python bench/models/learned_factors.py`, or
+`--page` for the page alone.
 
-The grid below was fixed before the first run: the classifier of `sections`, two ratios, three seeds, the steps and the rate of
-bench/models/structures.py. A value counts 16 bits and a place in a mask one, as in bench/models/sparse.py, so that a
+The grid below was fixed before the first run: the classifier of `sections`, two ratios, three seeds, the steps and the rate
+of bench/models/structures.py. A value counts 16 bits and a place in a mask one, as in bench/models/sparse.py, so that a
 dictionary gets fewer parameters than low-rank factors. Each method is one `lowfat compare`, which goes on where it was
 stopped; its table, picture and numbers go to bench/results/learned_METHOD, the page made of them to learned_factors.md.
 """
@@ -70,15 +70,17 @@ def parameter_ratios(method: str) -> tuple[float, ...]:
 # ------------------------------------------------------------------------------------------------ the page
 def page() -> str:
     found = {method: json.loads((folder_of(method) / "compare.json").read_text()) for method in RECOVERIES}
-    rows = {(method, row["recovery"], bits): row for method, one in found.items()
-            for bits, ratio in zip(RATIOS, sorted({row["ratio"] for row in one["summary"] if row["ratio"] < 1}, reverse=True))
-            for row in one["summary"] if row["ratio"] == ratio}
+    rows = {}
+    for method, one in found.items():
+        ratios = sorted({row["ratio"] for row in one["summary"] if row["ratio"] < 1}, reverse=True)
+        rows |= {(method, row["recovery"], RATIOS[ratios.index(row["ratio"])]): row for row in one["summary"]
+                 if row["ratio"] in ratios}
     dense = next(row for row in found["svd"]["summary"] if row["method"] == "dense")
     lines = ["# Learned sparse factors against fine-tuned low rank", "",
              "Made by `python bench/models/learned_factors.py --page` from `learned_*`; do not edit. all-MiniLM-L6-v2,",
-             f"fine-tuned on `sections` ({100 * dense['mean']:.1f} % dense), its 36 encoder linears factorized, equal stored bits (16 a",
-             f"value, one a place in a mask), {GRID['steps']} steps for everything that is trained, rate "
-             f"{GRID['learning_rates'][0]:g}. Points of accuracy,", "means over three seeds; differences under "
+             f"fine-tuned on `sections` ({100 * dense['mean']:.1f} % dense), its 36 encoder linears factorized, equal stored",
+             f"bits (16 a value, one a place in a mask), {GRID['steps']} steps for everything that is trained, rate "
+             f"{GRID['learning_rates'][0]:g}.", "Points of accuracy, means over three seeds; differences under "
              f"{100 * structures.TIE:.0f} points are called ties.", ""]
     for claim, ahead, behind in CLAIMS:
         pairs = {bits: (rows[*ahead, bits]["mean"], rows[*behind, bits]["mean"]) for bits in RATIOS}
@@ -90,7 +92,8 @@ def page() -> str:
         for method, recoveries in RECOVERIES.items():
             for recovery in recoveries:
                 row = rows[method, recovery, bits]
-                lines.append(f"| {bits:.0%} | {method} | {recovery} | {row['kept']:.1%} | {in_words(row)} | {row['seconds']} |")
+                lines.append(f"| {bits:.0%} | {method} | {recovery} | {row['kept']:.1%} | {in_words(row)} | "
+                             f"{row['seconds']} |")
     return "\n".join(lines) + "\n"
 
 

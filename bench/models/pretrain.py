@@ -1,8 +1,8 @@
 """Pre-training with low-rank + sparse layers against dense ones and low rank alone: `python bench/models/pretrain.py`, or
 `--page` for the page alone, `--memory` for the memory alone. Needs bench/data/lm (`python bench/tasks.py --tasks lm`).
 
-The grid below was fixed before the first run: the nano Llama of lowfat's presets on running text, equal tokens, one rate; and
-of each the memory of a training step, what a formula says beside what was held. A finished training is kept under
+The grid below was fixed before the first run: the nano Llama of lowfat's presets on running text, equal tokens, one rate;
+and of each the memory of a training step, what a formula says beside what was held. A finished training is kept under
 bench/data/pretrain; results/pretrain.md is made from results/pretrain.json.
 """
 import argparse
@@ -26,6 +26,7 @@ from lowfat.storage import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import quality  # noqa: E402  the script beside this one
+from quality import tasks  # noqa: E402
 
 NANO = PRESETS["nano"]
 EQUAL = 69  # rank of low rank alone with the parameters of the sum, and not fewer
@@ -42,8 +43,10 @@ def tokenizer():
 
 
 def train(name: str) -> dict:
-    """The numbers of one training; from the folder where an earlier one left them."""
-    out = FOLDER / name.replace(" ", "-").replace(",", "")
+    """The numbers of one training; from the folder where an earlier one of the same settings left them."""
+    settings = {"plan": PLANS[name], "config": NANO.model_config(0).to_dict(), **NANO.options(), "torch": torch.__version__,
+                "data": [tasks.sha256(quality.DATA / "lm" / f"{split}.jsonl") for split in ("train", "test")]}
+    out = FOLDER / f"{name.replace(' ', '-').replace(',', '')}-{quality.digest(settings)}"
     if not (out / "numbers.json").exists():
         rows, test = (read_rows(quality.DATA / "lm" / f"{split}.jsonl") for split in ("train", "test"))
         words, seconds = tokenizer(), time.monotonic()
@@ -58,7 +61,7 @@ def train(name: str) -> dict:
         write_json(out / "numbers.json", {
             "parameters": report.parameters, "losses": report.losses, "validation": report.validation,
             "ratio": report.replaced.ratio if report.replaced else 1.0, "resumed_from": report.resumed_from,
-            "seconds": round(time.monotonic() - seconds, 1)})
+            "seconds": None if report.resumed_from else round(time.monotonic() - seconds, 1)})
     return json.loads((out / "numbers.json").read_text())
 
 
@@ -66,7 +69,7 @@ def train(name: str) -> dict:
 def memory(name: str, per_layer: bool) -> dict[str, int]:
     """Bytes, measured in a process of its own."""
     told = subprocess.run([sys.executable, __file__, "--measure", name, *(["--per-layer"] if per_layer else [])],
-                          capture_output=True, text=True, check=True)
+                          stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(told.stdout.splitlines()[-1])
 
 
@@ -92,7 +95,8 @@ def measure(name: str, per_layer: bool) -> dict[str, int]:
         gradients = sum(one.grad.nbytes for one in model.parameters() if one.grad is not None)
         optimizer.step()
         optimizer.zero_grad()
-    state = sum(value.nbytes for one in optimizer.state.values() for value in one.values() if isinstance(value, torch.Tensor))
+    state = sum(value.nbytes for one in optimizer.state.values() for value in one.values()
+                if isinstance(value, torch.Tensor))
     gc.collect()
     return {"weights": sum(one.nbytes for one in model.parameters()), "indices": sum(
                 one.nbytes for name, one in model.named_buffers() if name.rpartition(".")[2] in ("starts", "columns")),
@@ -123,9 +127,10 @@ def page(found: dict) -> str:
     about = found["about"]
     lines = ["# Pre-training with low-rank + sparse layers", "",
              "Made by `python bench/models/pretrain.py --page` from `pretrain.json`; do not edit.",
-             f"Llama, hidden {NANO.hidden}, {NANO.layers} layers, {NANO.steps} steps of {NANO.batch_size} x {NANO.length} tokens, "
-             "rate 3e-3, cosine to a tenth, AdamW,", f"no weight decay, fp32, one seed. SLTrain (2406.02214): rank {NANO.rank}, "
-             f"density {NANO.density:.0%}, alpha {NANO.alpha:g}. {about['cpu']}, {about['threads']} thread(s), torch "
+             f"Llama, hidden {NANO.hidden}, {NANO.layers} layers, {NANO.steps} steps of {NANO.batch_size} x {NANO.length} "
+             "tokens, rate 3e-3, cosine to a tenth,",
+             f"AdamW, no weight decay, fp32, one seed. SLTrain (2406.02214): rank {NANO.rank}, density "
+             f"{NANO.density:.0%}, alpha {NANO.alpha:g}. {about['cpu']}, {about['threads']} thread(s), torch "
              f"{about['torch']}.", "",
              "| layers of the blocks | their parameters | of dense | all parameters | nats a token, test | perplexity | s |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
@@ -136,7 +141,7 @@ def page(found: dict) -> str:
             continue
         nats = one["validation"]["nats_per_token"]
         lines.append(f"| {name} | {formula(name):,} | {formula(name) / formula('dense'):.1%} | {one['parameters']:,} | "
-                     f"{nats:.3f} | {math.exp(nats):.1f} | {one['seconds']:.0f} |")
+                     f"{nats:.3f} | {math.exp(nats):.1f} | {one['seconds'] or 'in parts'} |")
     lines += ["", "Megabytes of one training step (AdamW, fp32; the embedding included):", "",
               "| layers | updates | " + " | ".join(KINDS.values()) + " |", "| --- " * (2 + len(KINDS)) + "|"]
     for one in found["memory"]:

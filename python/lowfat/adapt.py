@@ -62,6 +62,7 @@ def adapt(model: nn.Module, method: str = "wavelet", *, layers: Sequence[str] | 
 
 def unadapt(model: nn.Module, merge: bool = True) -> None:
     """Takes the adapters out: merged into the layers that they were on (one rounding), or with merge=False without a trace.
+    Low-rank layers that shared a v have one each where an adapter went into it.
 
     Every parameter of the model can be trained again. Raises ArgumentError where there is none, and UnsupportedError before
     anything changes for a structure that cannot be merged into."""

@@ -140,8 +140,8 @@ def pretrain(
     clip: Annotated[Optional[float], typer.Option(hidden=True)] = None,
     layers: HiddenLayers = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:
-    """Trains a new language model from CONFIG, a folder with a config.json or one of nano, 60m, 130m, 350m, 1b, 7b (SLTrain's
-    sizes and hyperparameters), and writes it to OUT and its loss curve to OUT.png. Killed, the same command continues. Also:
+    """Trains a new language model from CONFIG, a folder with a config.json or one of nano, 60m, 130m, 350m, 1b, 7b
+    (SLTrain's sizes and hyperparameters), and writes it to OUT and its loss curve to OUT.png. Killed, the same command continues. Also:
     --length, --warmup, --lowest, --weight-decay, --clip, --layers, --seed, --save-every.
 
     \b

@@ -40,7 +40,7 @@ def pretrain(config, train: Sequence[Mapping], *, tokenizer, plan: Mapping[str, 
 
     Data are lists of Python numbers on the way, about 100 bytes a token: for some hundred million tokens at most.
 
-    config: a transformers config, or the folder of one. plan, layers: of replace(); no plan: all layers stay dense. The texts
+    config: a transformers config, or the folder of one. plan, layers: of replace(); no plan: all layers stay dense. Texts
     are joined by the end token and cut in pieces of `length` tokens, batch_size of them an update, in `accumulate` parts.
     The rate rises over warmup steps (a tenth by default), then falls as a cosine to `lowest` of it. weight_decay: see
     parameter_groups(). clip: norm of all gradients together, 0 leaves them. per_layer: updates inside the backward pass, see

@@ -115,9 +115,12 @@ class FactorQuantizer(HfQuantizer):
 
 
 def declare_ties(model, ties: dict[str, str]) -> None:
-    """Tells transformers which parameters are one and the same, for saving and for loading."""
-    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
-    model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+    """Tells transformers which parameters are one and the same, for saving and for loading; those of an earlier call go."""
+    old = getattr(model, "_lowfat_ties", {})
+    for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+        known = {key: to for key, to in (getattr(model, name) or {}).items() if old.get(key) != to}
+        setattr(model, name, known | ties)
+    model._lowfat_ties = dict(ties)
 
 
 def _check_folder(files: list[Path], weights: str) -> None:

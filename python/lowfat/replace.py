@@ -11,7 +11,9 @@ from . import layers as selection
 from .blocks import Blocks, group_blocks
 from .errors import ArgumentError, LowfatError
 from .factorize import is_hugging_face
-from .structures import STRUCTURES, Structure
+from .structures import STRUCTURES, Structure, Wavelet
+
+NEW = [name for name, kind in STRUCTURES.items() if kind is not Wavelet]  # that stand alone, and on no other layer
 
 
 @dataclass
@@ -49,8 +51,8 @@ def replace(model: nn.Module, plan: Mapping[str, Any], *, layers: Sequence[str] 
     that matches counts. layers: patterns of the layers that one structure for all is about, by default those of the blocks.
     A structure with a seed draws each layer's support from a seed of its own, counted on from the plan's.
 
-    Raises before any layer changes: ArgumentError for a plan that names no known structure or that matches no layer, and what
-    the structures say of their sizes, with the layer's name."""
+    Raises before any layer changes: ArgumentError for a plan that names no known structure or that matches no layer, and
+    what the structures say of their sizes, with the layer's name."""
     if is_hugging_face(model):
         from .checkpoint import attach, check_model  # not above: for Hugging Face models, replace for any
 
@@ -91,14 +93,23 @@ def _wanted(model: nn.Module, plan: Any, layers: Sequence[str] | None) -> dict[s
 
 
 def _spec(spec: Any, number: int) -> dict:
-    if not isinstance(spec, Mapping) or spec.get("structure") not in list(STRUCTURES):
+    if not isinstance(spec, Mapping) or spec.get("structure") not in NEW:
         found = spec.get("structure") if isinstance(spec, Mapping) else spec
-        raise ArgumentError(f"plan: structure must be one of {', '.join(STRUCTURES)}; found {found!r}")
+        raise ArgumentError(f"plan: structure must be one of {', '.join(NEW)}; found {found!r}")
     if taken := sorted({"in_features", "out_features", "bias", "device", "dtype"} & set(spec)):
         raise ArgumentError(f"plan: {', '.join(taken)} of {spec['structure']} must not be given; the layer has it")
+    return _seeded(spec, number)
+
+
+def _seeded(spec: Mapping, number: int) -> dict:
+    """With the seed of the layer of this number, in the parts of a sum too."""
+    found, kind = dict(spec), spec.get("structure")
+    if isinstance(found.get("parts"), (list, tuple)):
+        found["parts"] = [_seeded(part, number) if isinstance(part, Mapping) else part for part in found["parts"]]
     seed = spec.get("seed", 0)
-    draws = "seed" in signature(STRUCTURES[spec["structure"]]).parameters and type(seed) is int
-    return {**spec, "seed": seed + number} if draws else dict(spec)
+    if kind in STRUCTURES and "seed" in signature(STRUCTURES[kind]).parameters and type(seed) is int:
+        found["seed"] = seed + number
+    return found
 
 
 def _built(name: str, module: nn.Module, spec: dict, device: torch.device | str) -> Structure:

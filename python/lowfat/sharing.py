@@ -18,8 +18,8 @@ def grouped(chosen: Mapping[str, nn.Module], share: int | Sequence[Sequence[str]
     """All layers in groups, in the order of the model; a layer that shares with no other is a group of one.
 
     share: so many neighbours of a kind (the same name but for the number of the block, the same sizes and dtype), where
-    the rest of a kind is a smaller group; or lists of names. ArgumentError for what is neither, for a name that is not
-    chosen or twice there, and for a method whose layers share nothing; ShapeError, DtypeError or DeviceError for layers
+    the rest of a kind is a smaller group; or lists of names. ArgumentError for what is neither, for a number where no two
+    layers are of a kind, for a name that is not chosen or twice there, and for a method whose layers share nothing; ShapeError, DtypeError or DeviceError for layers
     that differ."""
     home = {name: name for name in chosen}
     for names in _asked(chosen, share):
@@ -82,11 +82,11 @@ def _asked(chosen: Mapping[str, nn.Module], share) -> list[list[str]]:
     if share is None:
         return []
     if isinstance(share, int) and not isinstance(share, bool) and share > 0:
-        kinds: dict[tuple, list[str]] = {}
-        for name, module in chosen.items():
-            kind = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name, count=1)  # the first number is that of the block
-            kinds.setdefault((kind, *sizes(module), module.weight.dtype), []).append(name)
-        return [names[at:at + share] for names in kinds.values() for at in range(0, len(names), share)]
+        kinds = _kinds(chosen)
+        if share > 1 and all(len(names) == 1 for names in kinds):
+            raise ArgumentError(f"share is {share}: no two layers have the same sizes and, but for one number, the same name; "
+                                "lists of names say which ones share")
+        return [names[at:at + share] for names in kinds for at in range(0, len(names), share)]
     if not isinstance(share, (list, tuple)) or not all(_is_names(names) for names in share):
         raise ArgumentError(f"share must be how many layers share a factor, at least 1, or lists of their names; "
                             f"found {share!r}")
@@ -98,6 +98,26 @@ def _asked(chosen: Mapping[str, nn.Module], share) -> list[list[str]]:
             raise ArgumentError(f"share: {name} is there twice; a layer shares in one group")
         seen.add(name)
     return [list(names) for names in share]
+
+
+def _kinds(chosen: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Names of layers of the same sizes that differ in one number: the first of those in their names by which any differ,
+    which is that of the block, also where others stand around it (a list of modules, stages, experts)."""
+    kinds: dict[tuple, list[str]] = {}
+    for place in range(max((len(_numbers(name)) for name in chosen), default=0)):
+        kinds = {}
+        for name, module in chosen.items():
+            numbers = _numbers(name)
+            start, end = numbers[place] if place < len(numbers) else (0, 0)
+            kinds.setdefault((name[:start], name[end:], *sizes(module), module.weight.dtype), []).append(name)
+        if len(kinds) < len(chosen):
+            return list(kinds.values())
+    return [[name] for name in chosen]
+
+
+def _numbers(name: str) -> list[tuple[int, int]]:
+    """Where the numbers of a name are that stand for themselves between dots."""
+    return [found.span() for found in re.finditer(r"(?<![^.])\d+(?![^.])", name)]
 
 
 def _is_names(names) -> bool:

@@ -104,7 +104,7 @@ def _one(name: str, module: nn.Module, original: nn.Module | None, counted: set[
     found = Spectrum(name, k, n, spectrum(lambda: gram_of(weight if n >= k else weight.mT)), parameters=k * n)
     if isinstance(module, Structure):
         found.rank = _rank_of(module.shape())
-        own = {parameter for key, parameter in module.named_parameters() if key != "bias"} - counted
+        own = {parameter for key, parameter in module.named_parameters() if key.rpartition(".")[2] != "bias"} - counted
         found.parameters = sum(parameter.numel() for parameter in own)
         counted |= own
     if original is not None:

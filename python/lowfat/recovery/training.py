@@ -144,13 +144,14 @@ def run_into(out: str | Path | None, run: Callable, objective: Objective, tokeni
 def _fingerprint(objective: Objective, data, options: dict) -> dict:
     model, teacher = objective.student, objective.teacher
     return {"model": _digest(model), "teacher": teacher and _digest(teacher), "pooling": objective.pooling,
-            "trained": progress.json_digest([name for name, parameter in model.named_parameters() if parameter.requires_grad]),
+            "trained": progress.json_digest([name for name, one in model.named_parameters() if one.requires_grad]),
             "data": progress.json_digest(data), "options": options} | progress.environment(model.device)
 
 
 def _digest(model) -> str:
     """Of what a model computes: its tensors, the arguments of its structures, its config but for where it lies."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+    config = {key: value for key, value in model.config.to_dict().items()
+              if key not in ("quantization_config", "_name_or_path")}
     shapes = {name: {"structure": type(layer).__name__, **layer.shape()} for name, layer in structures(model)}
     return progress.json_digest([progress.tensors_digest(model.state_dict().items()), shapes,
                                  json.loads(json.dumps(config, default=str))])

@@ -58,6 +58,7 @@ class Wavelet(Structure):
         self.gain = nn.Parameter(torch.empty(len(pairs), rank, **place)) if has_gain else None
         self.merged = False
         self.register_buffer("kept", None, persistent=False)  # the base layer's weight while merged, if it is to come back
+        self._whole: tuple[Tensor, ...] = ()  # the v of a LowRank base layer while merged
         self.reset_parameters()
         base_layer.requires_grad_(False)  # not before what may fail
 
@@ -134,7 +135,8 @@ class Wavelet(Structure):
     def merge(self, keep_base: bool = False) -> None:
         """Adds the adapter to the base layer's weight, with one rounding, so that it costs nothing any more.
 
-        A LowRank base layer takes it as additional rank, rounded to its dtype. keep_base: a copy of the weight stays, and
+        A LowRank base layer takes it as additional rank, rounded to its dtype; a v that it shared with other layers is its own
+        then, until unmerge(). keep_base: a copy of the weight stays, and
         unmerge() gives back its bits. Raises ArgumentError if that has been done, UnsupportedError for other structures,
         or where a LowRank would come to more rank than it has features."""
         if self.merged:
@@ -143,6 +145,7 @@ class Wavelet(Structure):
         if isinstance(self.base_layer, LowRank):
             dtype = self.base_layer.v.dtype
             v, u = self.factors()
+            self._whole = (self.base_layer.v,)  # in a tuple: no parameter of this layer
             self.base_layer = self.base_layer.merged(v.to(dtype), (self.scale * u).to(dtype)).requires_grad_(False)
         else:
             weight = dense_weight(self.base_layer)
@@ -169,6 +172,9 @@ class Wavelet(Structure):
         if isinstance(self.base_layer, LowRank):
             layer, rank = self.base_layer, self.base_layer.rank - self.rank * len(self._pairs())
             self.base_layer = LowRank.of(layer.v[:rank], layer.u[:, :rank], layer.bias).requires_grad_(False)
+            if _same(self._whole[0], self.base_layer.v):  # other layers may hold it too
+                self.base_layer.v = self._whole[0]
+            self._whole = ()
         else:
             weight = dense_weight(self.base_layer)
             if self.kept is None:
@@ -222,6 +228,10 @@ class Wavelet(Structure):
 
     def _pairs(self) -> list[Pair]:
         return layout(self.subbands, self.levels, self.in_features, self.out_features)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return (left.device, left.dtype, left.shape) == (right.device, right.dtype, right.shape) and torch.equal(left, right)
 
 
 # --- base layers ---
