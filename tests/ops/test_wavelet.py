@@ -11,6 +11,7 @@ from lowfat.errors import ArgumentError, DeviceError, DtypeError, ShapeError, Un
 from lowfat.ops import dwt, idwt, wavelet
 from lowfat.ops.dwt import FILTERS
 from lowfat.ops.wavelet import SUBBANDS, layout, reference, reference_backward, reference_training
+from lowfat.ops.wavelet import halves as rounded_halves
 
 OPS = torch.ops.lowfat
 NAMES = ("haar", "db2", "db4", "sym4")
@@ -20,6 +21,7 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 # m, k, n, rank, levels: square, ragged, one row, deep, one feature
 SHAPES = {"square": (64, 256, 256, 16, 1), "ragged": (65, 301, 130, 7, 2), "decode": (1, 768, 384, 8, 1),
           "deep": (33, 40, 96, 4, 5), "one": (5, 1, 1, 1, 1)}
+ORDER = {"all": ("LL", "LH", "HL", "HH"), "diag": ("LL", "HH"), "LL": ("LL",), "shared+gain": ("LL", "LH", "HL", "HH")}
 SMALL = [(5, 8, 12, 2, 2), (4, 7, 5, 3, 2), (3, 9, 6, 2, 1)]
 
 
@@ -71,12 +73,10 @@ def update(v, gain, u, filter, levels, subbands, k, n):
     """The weight that the adapter adds, as the paper's equation says, its coarse block by the same again."""
     widths = [-(-k // 2**level) for level in range(1, levels + 1)]
     heights = [-(-n // 2**level) for level in range(1, levels + 1)]
-    names = SUBBANDS[subbands]
-    columns, rows, numbers = iter(()), iter(()), iter(range(100))
-    blocks, place = {}, [0, 0]
+    numbers, blocks, place = iter(range(100)), {}, [0, 0]
     for level in reversed(range(levels)):
         shared = None
-        for name in names:
+        for name in ORDER[subbands]:
             if name == "LL" and level < levels - 1:
                 continue
             if shared is None or subbands != "shared+gain":
@@ -174,6 +174,16 @@ def test_whole_numbers_are_exact(shape, subbands, dtype, device):
     exact = 2 * args[0].double().cpu() @ update(v, gain, u, "lazy", levels, subbands, k, n).T
     found = OPS.wavelet(*args, "lazy", levels, subbands, n, 2.0).cpu()
     assert gates.exact_gate(found, exact) or exact.abs().max() > 1 / gates.ROUNDOFF[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_halves_are_rounded_once_however_deep(dtype):
+    x = torch.randn(8, 96).to(dtype)
+    for found, exact in zip(rounded_halves(x, "db4", 5, 0.3), halves("db4", 96, 5)):
+        for mine, half in zip(found, exact):
+            due, size = 0.3 * x.double() @ half.T, 0.3 * x.double().abs() @ half.T.abs()
+            sums = 5 * 8 * gates.ROUNDOFF[torch.float32] * size.max()  # eight taps a level, added in fp32
+            assert ((mine.double() - due).abs() <= gates.ROUNDOFF[dtype] * due.abs() + sums).all()
 
 
 # --- gradients ---

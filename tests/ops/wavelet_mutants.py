@@ -114,6 +114,7 @@ def checks():
                                 for subbands in op.SUBBANDS]),
         ("needs", lambda: [op.test_backward_gives_what_is_needed_and_nothing_else(subbands, keep, needs)
                            for subbands in op.SUBBANDS for keep in (False, True) for needs in (1, 2, 4, 8, 15)]),
+        ("rounded once", lambda: op.test_halves_are_rounded_once_however_deep(torch.bfloat16)),
         ("given middle", op.test_backward_reads_the_middle_it_is_given),
         ("asked", op.test_gain_alone_is_trained),
         ("saved", lambda: op.test_asks_backward_only_for_what_is_wanted()),
