@@ -120,6 +120,7 @@ def readme_commands() -> list[list[str]]:
 
 @needs_readme
 @wheel
+@pytest.mark.timeout(180)  # it trains twice
 def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
     done = subprocess.run([sys.executable, "-c", "".join(blocks("python"))], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
