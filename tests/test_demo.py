@@ -113,6 +113,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
+def whole_script() -> str:
+    """The one that stands for itself."""
+    (script,) = re.findall(r"<!-- script -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    return script
+
+
 def readme_commands() -> list[list[str]]:
     (block,) = (block for block in blocks("sh") if block.startswith("lowfat "))
     return [shlex.split(line) for line in block.splitlines()]
@@ -122,9 +128,27 @@ def readme_commands() -> list[list[str]]:
 @wheel
 @pytest.mark.timeout(180)  # it trains twice
 def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "".join(blocks("python"))], cwd=tmp_path, capture_output=True, text=True)
+    code = "".join(block for block in blocks("python") if block != whole_script())
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["for-everyone-else", "my-adapter", "my-model-half"]
+
+
+@needs_readme
+@wheel
+@pytest.mark.timeout(180)
+def test_the_script_of_the_readme_trains_from_scratch(tmp_path):
+    """As it stands, but for fewer steps; it asks for forty lines at most."""
+    assert len(whole_script().splitlines()) <= 40
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "texts.jsonl").write_text("".join(
+        json.dumps({"text": f"Return the sum of {number} numbers, or raise ValueError."}) + "\n" for number in range(200)))
+    shorter = whole_script().replace("steps, batch = 60, 8", "steps, batch = 10, 2")
+    assert shorter != whole_script()
+    done = subprocess.run([sys.executable, "-c", shorter], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "28 layers with 42% of their parameters" in done.stdout and "step 10:" in done.stdout
+    assert (tmp_path / "from-scratch" / "config.json").exists()
 
 
 @needs_readme

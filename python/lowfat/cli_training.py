@@ -125,14 +125,13 @@ def pretrain(
     structure: Annotated[Optional[str], typer.Option(metavar="NAME", help="Of the blocks' layers; or dense.")] = None,
     arguments: Annotated[Optional[list[str]],
                          typer.Option("--set", metavar="NAME=VALUE", help="Of the structure: rank=128.")] = None,
-    validation: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Judged after the last step.")] = None,
     steps: Annotated[Optional[int], typer.Option(metavar="N", help="Updates of the weights.")] = None,
     batch_size: Annotated[Optional[int], typer.Option(metavar="N", help="Pieces of text an update.")] = None,
-    accumulate: Annotated[int, typer.Option(metavar="N", help="Passes an update, each over a part of them.")] = 1,
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after the warm-up.")] = 3e-3,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="Update in the backward pass; saves memory.")] = False,
-    optimizer: Annotated[Optional[str], typer.Option(metavar="NAME", help="adamw, adam8bit.")] = None,
-    device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Update in the backward pass.")] = False,
+    device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False, validation: HiddenTexts = None,
+    accumulate: Annotated[int, typer.Option(hidden=True)] = 1,
+    optimizer: Annotated[Optional[str], typer.Option(hidden=True)] = None,
     length: Annotated[Optional[int], typer.Option(hidden=True)] = None,
     warmup: Annotated[Optional[int], typer.Option(hidden=True)] = None,
     lowest: Annotated[float, typer.Option(hidden=True)] = 0.1,
@@ -141,8 +140,9 @@ def pretrain(
     layers: HiddenLayers = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:
     """Trains a new language model from CONFIG, a folder with a config.json or one of nano, 60m, 130m, 350m, 1b, 7b
-    (SLTrain's sizes and hyperparameters), and writes it to OUT and its loss curve to OUT.png. Killed, the same command continues. Also:
-    --length, --warmup, --lowest, --weight-decay, --clip, --layers, --seed, --save-every.
+    (SLTrain's sizes), and writes it to OUT and its loss curve to OUT.png. Killed, the same command continues. Also:
+    --validation, --accumulate, --optimizer adam8bit, --length, --warmup, --lowest, --weight-decay, --clip, --layers, --seed,
+    --save-every.
 
     \b
     Example:  lowfat pretrain nano new --data lowfat-demo/texts.jsonl \\

@@ -69,7 +69,7 @@ MUTANTS = [  # (file, text, its replacement)
      "        if self.seed is not None and not self.columns.is_meta:\n            self._place(self._drawn() * 0)\n"),
     (LAYER, "if self.seed is None or self.columns.is_meta:\n            return", "if True:\n            return"),
     (LAYER, "while len(outside := (found >= size).nonzero().flatten()):", "while len(outside := found[:0]):"),
-    (LAYER, "left = left ^ table[right]", "left = left | table[right]"),  # no permutation any more
+    (LAYER, "left = left ^ table[right]", "left = left ^ table[0]"),  # a permutation still, that mixes less
     (LAYER, "low, high = bits // 2, bits - bits // 2", "low, high = bits - bits // 2, bits // 2"),  # another, as good
     (LAYER, "lowfat {seed} {i}", "lowfat {i}"),
     (LAYER, "found.sort().values", "found"),
