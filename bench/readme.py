@@ -83,7 +83,21 @@ def structures() -> str:
                                f"{100 * about['chance']:.1f}; mean ± standard deviation over three seeds of the training.")
 
 
-TABLES = {"demo": demo, "quality": quality, "structures": structures, "low_rank": low_rank}
+def staging() -> str:
+    result = json.loads((RESULTS / "structures_pairs" / "compare.json").read_text())
+    about, rows = result["about"], {(row["recovery"], row["learning_rate"]): row for row in result["summary"]}
+    rates = sorted(rate for recovery, rate in rows if recovery == "staged")
+    lines = ["| svd at 50% | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---" * (1 + len(rates)) + "|"]
+    for recovery, words in (("finetune", "one shot, then trained"), ("staged", "in stages")):
+        cells = (f"{100 * row['mean']:.1f} ± {100 * row['spread']:.1f}, {row['collapsed']:.0%} at chance"
+                 for row in (rows[recovery, rate] for rate in rates))
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    dense = next(row["mean"] for row in result["summary"] if row["method"] == "dense")
+    return "\n".join(lines) + (f"\n\nAccuracy in % on {about['test_rows']:,} couples of `pairs`, dense {100 * dense:.1f}, chance "
+                               f"{100 * about['chance']:.1f}; {about['steps']} steps in all, three seeds.")
+
+
+TABLES = {"demo": demo, "quality": quality, "structures": structures, "staging": staging, "low_rank": low_rank}
 
 
 def main() -> None:
