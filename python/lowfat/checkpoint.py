@@ -16,7 +16,7 @@ from .errors import ArgumentError, FormatError, IntegrityError, LowfatError, Num
 from .on_import import when_imported
 from .pooling import carry_pooling
 from .strict_json import read_json
-from .structures import STRUCTURES, LowRankGroup, Structure, structures
+from .structures import STRUCTURES, LowRankGroup, Structure, keep_indices_local, structures
 from .validate import FORMAT, INDEX, WEIGHTS, check_config, check_depth, check_quantization, read_headers, weight_files
 
 # files of an earlier checkpoint that must not stay in a folder with a new one: transformers would find them first
@@ -120,6 +120,7 @@ def attach(model: nn.Module) -> None:
     check_model(model)
     _replace_save_pretrained()
     modules, ties = describe(model)
+    keep_indices_local(model)
     quantizer.declare_ties(model, ties)
     model.config.quantization_config = quantizer.FactorConfig(modules, ties)
 

@@ -16,7 +16,7 @@ from .blocks import group_blocks
 from .errors import FormatError, IntegrityError, LowfatError
 from .layers import replace
 from .strict_json import read_json
-from .structures import Structure, Wavelet
+from .structures import Structure, Wavelet, keep_indices_local
 from .validate import (FORMAT, INDEX, WEIGHTS, build, check_config, check_layer, check_quantization, check_tensors, here,
                        read_headers, weight_files)
 
@@ -74,6 +74,7 @@ class FactorQuantizer(HfQuantizer):
                 raise FormatError(f"config.json: quantization_config.modules.{name} is no module of {type(model).__name__}")
         if self.quantization_config.modules and not found:
             raise FormatError(f"config.json: no entry of quantization_config.modules is a module of {type(model).__name__}")
+        keep_indices_local(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         declare_ties(model, {here(model, name, parameters): here(model, source, parameters) for name, source in ties.items()
                              if here(model, name, parameters) and here(model, source, parameters)})

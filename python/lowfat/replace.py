@@ -11,7 +11,7 @@ from . import layers as selection
 from .blocks import Blocks, group_blocks
 from .errors import ArgumentError, LowfatError
 from .factorize import is_hugging_face
-from .structures import STRUCTURES, Structure, Wavelet
+from .structures import STRUCTURES, Structure, Wavelet, keep_indices_local
 
 NEW = [name for name, kind in STRUCTURES.items() if kind is not Wavelet]  # that stand alone, and on no other layer
 
@@ -69,6 +69,7 @@ def replace(model: nn.Module, plan: Mapping[str, Any], *, layers: Sequence[str] 
         selection.replace(model, name, layer)
         found[name] = {"structure": type(layer).__name__, **layer.shape(), "dense_parameters": dense,
                        "parameters": sum(parameter.numel() for parameter in layer.parameters()) - bias}
+    keep_indices_local(model)
     if is_hugging_face(model):
         attach(model)
     others = dict.fromkeys(modules, "not in the plan") | selection.skipped(model)

@@ -4,11 +4,11 @@ from .low_rank import LowRank, LowRankGroup
 from .low_rank_sparse import LowRankSparse
 from .monarch import Monarch
 from .sparse24 import Sparse24
-from .structure import Structure, share, structures
+from .structure import Structure, keep_indices_local, share, structures
 from .sum import PARTS, Sum
 from .wavelet import Wavelet
 
 STRUCTURES = PARTS | {"Sum": Sum, "Wavelet": Wavelet}
 
 __all__ = ["Dictionary", "LowRank", "LowRankGroup", "LowRankSparse", "Monarch", "STRUCTURES", "Sparse24", "Structure",
-           "Sum", "Wavelet", "share", "structures"]
+           "Sum", "Wavelet", "keep_indices_local", "share", "structures"]

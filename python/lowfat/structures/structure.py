@@ -2,6 +2,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError, UnsupportedError
@@ -70,6 +71,14 @@ def dense_weight(module: nn.Module) -> Tensor:
     if isinstance(module, Structure):
         return module.dense().detach()
     return module.weight.detach().mT if is_conv1d(module) else module.weight.detach()
+
+
+def keep_indices_local(model: nn.Module) -> None:
+    """Tells DistributedDataParallel to leave int16 buffers alone, which neither gloo nor NCCL can send. They come from a seed
+    or a file, and are the same in every process."""
+    names = {name for name, buffer in model.named_buffers() if buffer.dtype == torch.int16}
+    if names:
+        model._ddp_params_and_buffers_to_ignore = names.union(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
 
 
 def check_dense(weight: Tensor) -> None:
