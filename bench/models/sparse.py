@@ -106,17 +106,18 @@ def run(name: str) -> list[dict]:
 
 
 def one_cell(subject: Subject, cell: dict, loaded: dict) -> dict:
-    """loaded: what cells share, the dense model and the statistics of the last seed."""
+    """loaded: what cells share, the dense model and the statistics of each seed."""
     tokenizer = subject.tokenizer()
     if "dense" not in loaded:
         loaded["dense"] = subject.load()
     model, seconds, bits, errors = copy.deepcopy(loaded["dense"]), 0.0, 1.0, {}
     if cell["method"] != "dense":
-        if loaded.get("seed") != cell["seed"]:
-            loaded["stats"], loaded["seed"] = calibrated(subject, loaded["dense"], tokenizer, cell["seed"]), cell["seed"]
-        plan, bits = plan_of(model, cell, loaded["stats"])
+        seed = cell["seed"]
+        if seed not in loaded:
+            loaded[seed] = calibrated(subject, loaded["dense"], tokenizer, seed)
+        plan, bits = plan_of(model, cell, loaded[seed])
         started = time.process_time()
-        report = lowfat.factorize(model, plan, loaded["stats"])
+        report = lowfat.factorize(model, plan, loaded[seed])
         seconds, errors = time.process_time() - started, errors_of(report)
     found = evaluate(model, subject.rows(), tokenizer, task=subject.task, max_length=subject.max_length, batch_size=64)
     return {"value": found[subject.measure], "rows": found["rows"], "bits": bits, "output_errors": errors,
