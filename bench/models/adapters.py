@@ -1,5 +1,5 @@
-"""Wavelet adapters beside LoRA and PEFT's WaveFT of as many parameters: `python bench/models/adapters.py`, or `--page` for the
-page alone.
+"""Wavelet adapters beside LoRA and PEFT's WaveFT of as many parameters: `python bench/models/adapters.py`, or `--page` for
+the page alone.
 
 The grid below was fixed before the first run: the pretrained encoder and a new head on `sections`, adapters on all linear
 layers of its blocks, equal steps. Each adapter takes the rate that is best on the validation rows with the first seed; the
@@ -31,6 +31,7 @@ from lowfat.structures.structure import sizes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import quality  # noqa: E402  the script beside this one
+from quality import tasks  # noqa: E402
 
 RANK, ALPHA = 8, 16
 RATES, SEEDS, STEPS, BATCH, VALIDATION_ROWS = (1e-4, 3e-4, 1e-3, 3e-3), (0, 1, 2), 150, 32, 1000
@@ -85,11 +86,12 @@ def train(name: str, rate: float, seed: int) -> dict:
     torch.manual_seed(seed)  # of the head and the adapter
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
     labels = json.loads((quality.DATA / TASK.name / "labels.json").read_text())
-    model = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=len(labels), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=len(labels),
+                                                               dtype=torch.float32)
     ADAPTERS[name](model)
     parameters = sum(one.numel() for one in model.parameters() if one.requires_grad)
     model.classifier.requires_grad_(True)
-    rows, validation, test = (read_rows(quality.DATA / TASK.name / f"{split}.jsonl") for split in ("train", "validation", "test"))
+    rows, validation, test = (read_rows(quality.DATA / TASK.name / f"{split}.jsonl") for split in tasks.SPLITS)
     started = time.process_time()
     lowfat.finetune(model, rows[:TASK.train_rows], tokenizer=tokenizer, task="classification", steps=STEPS,
                     learning_rate=rate, batch_size=BATCH, max_length=TASK.max_length, autocast=False, seed=seed)
@@ -103,13 +105,13 @@ def train(name: str, rate: float, seed: int) -> dict:
 def page(found: dict) -> str:
     about, rows = found["about"], found["rows"]
     lines = ["# Wavelet adapters, LoRA and WaveFT", "",
-             "Made by `python bench/models/adapters.py --page` from `adapters.json`; do not edit. all-MiniLM-L6-v2 and a new",
-             f"head on `sections`, adapters on its encoder linears (LoRA of rank {RANK}, alpha {ALPHA}, and as many parameters",
-             f"for the others; WaveFT at PEFT's own scale), {STEPS} steps of {BATCH} texts, fp32; peft {about['peft']}, torch "
-             f"{about['torch']}.",
-             f"The rate is the best of {', '.join(f'{rate:g}' for rate in RATES)} on {VALIDATION_ROWS:,} validation rows with "
-             f"seed {SEEDS[0]};", f"accuracy in % on {TASK.test_rows:,} test rows with three seeds. Seconds are of the process, for"
-             " all steps.", "",
+             "Made by `python bench/models/adapters.py --page` from `adapters.json`; do not edit. all-MiniLM-L6-v2 and a",
+             f"new head on `sections`, adapters on its encoder linears (LoRA of rank {RANK}, alpha {ALPHA}, and as many",
+             f"parameters for the others; WaveFT at PEFT's own scale), {STEPS} steps of {BATCH} texts, fp32; peft "
+             f"{about['peft']}, torch {about['torch']}.",
+             f"The rate is the best of {', '.join(f'{rate:g}' for rate in RATES)} on {VALIDATION_ROWS:,} validation rows "
+             f"with seed {SEEDS[0]};",
+             f"accuracy in % on {TASK.test_rows:,} test rows with three seeds. Seconds are of the process, for all steps.", "",
              "| adapter | parameters | rate | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean | spread | s |",
              "| --- " * (6 + len(SEEDS)) + "|"]
     for name in ADAPTERS:
