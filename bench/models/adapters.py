@@ -77,9 +77,9 @@ def trained(name: str, rate: float, seed: int) -> dict:
 
 def code_digest() -> str:
     package = Path(lowfat.__file__).parent
-    files = [package / "adapt.py", package / "ops" / "wavelet.py", package / "ops" / "dwt.py",
-             package / "structures" / "wavelet.py", package / "recovery" / "training.py", package / "recovery" / "finetune.py"]
-    return quality.digest([path.read_text() for path in files])
+    names = ("adapt.py", "ops/wavelet.py", "ops/dwt.py", "structures/wavelet.py", "recovery/training.py",
+             "recovery/finetune.py")
+    return quality.digest([(package / name).read_text() for name in names])
 
 
 def train(name: str, rate: float, seed: int) -> dict:
@@ -111,7 +111,7 @@ def page(found: dict) -> str:
              f"{about['peft']}, torch {about['torch']}.",
              f"The rate is the best of {', '.join(f'{rate:g}' for rate in RATES)} on {VALIDATION_ROWS:,} validation rows "
              f"with seed {SEEDS[0]};",
-             f"accuracy in % on {TASK.test_rows:,} test rows with three seeds. Seconds are of the process, for all steps.", "",
+             f"accuracy in % on {TASK.test_rows:,} test rows with three seeds. Seconds: of the process, for all steps.", "",
              "| adapter | parameters | rate | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean | spread | s |",
              "| --- " * (6 + len(SEEDS)) + "|"]
     for name in ADAPTERS:
