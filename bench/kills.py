@@ -1,7 +1,8 @@
-"""kill -9 at random moments of the real commands on a real model, then the same command again: `python bench/kills.py --out FILE`.
+"""kill -9 at random moments of the real commands on a real model, then the same command again:
+`python bench/kills.py --out FILE [factorize] [finetune] [pretrain]`; what FILE says of other commands stays.
 
-Each moment is drawn in the time that an uninterrupted run takes after its imports, most of it after the first finished layer or
-training state. Every restart must end with the digests of the uninterrupted run."""
+Each moment is drawn in the time that an uninterrupted run takes after its imports, most of it after the first finished
+layer or training state. Every restart must end with the digests of the uninterrupted run."""
 import argparse
 import hashlib
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from lowfat.demo import encoder_folder
 from lowfat.docstrings import docstring_pairs
 
+COMMANDS = ("factorize", "finetune", "pretrain")
 EARLY = 4  # of the kills, anywhere; the others after the first finished layer or training state
 
 
@@ -25,6 +27,9 @@ def command(name: str, work: Path, out: Path) -> list[str]:
     lowfat, texts = [str(Path(sys.executable).with_name("lowfat"))], str(work / "texts.jsonl")
     if name == "factorize":
         return [*lowfat, "factorize", str(encoder_folder()), str(out), "--calibrate", texts, "--max-length", "64"]
+    if name == "pretrain":
+        return [*lowfat, "pretrain", "nano", str(out), "--data", texts, "--tokenizer", str(encoder_folder()), "--steps",
+                "12", "--batch-size", "2", "--length", "64", "--save-every", "2", "--device", "cpu"]
     return [*lowfat, "finetune", str(work / "half"), str(out), "--train", texts, "--teacher", str(encoder_folder()),
             "--steps", "12", "--batch-size", "8", "--max-length", "64", "--save-every", "2"]
 
@@ -82,17 +87,22 @@ def killed(name: str, work: Path, delay: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    moments, results = random.Random(options.seed), {"seed": options.seed}
+    if unknown := set(options.commands) - set(COMMANDS):
+        parser.error(f"there is no command {', '.join(unknown)}; there are {', '.join(COMMANDS)}")
+    names = options.commands or COMMANDS
+    results = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "texts.jsonl").write_text("".join(
             json.dumps({"text": f"{pair.first} {pair.rest}"}) + "\n" for pair in docstring_pairs("libs")[:96]))
         finish(start("factorize", work, work / "half"))
-        for name in ("factorize", "finetune"):
+        for name in names:
+            moments = random.Random(options.seed)
             expected, first, whole = uninterrupted(name, work)
             print(f"{name}: uninterrupted {whole:.1f} s, first finished part after {first:.1f} s", flush=True)
             rows = []
@@ -104,10 +114,10 @@ def main() -> None:
                 print(f"{number + 1:2}  {'after the first part' if delay < 0 else 'from the start':20} {abs(delay):5.2f} s  exit "
                       f"{row['exit']}  {row['finished_parts']:2} parts kept  {'same digests' if row['same'] else 'DIFFERENT'}",
                       flush=True)
-            results[name] = {"uninterrupted_s": whole, "first_part_s": first, "kills": rows}
+            results[name] = {"seed": options.seed, "uninterrupted_s": whole, "first_part_s": first, "kills": rows}
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
-    if not all(row["same"] for name in ("factorize", "finetune") for row in results[name]["kills"]):
+    if not all(row["same"] for name in names for row in results[name]["kills"]):
         sys.exit("a restart ended with other bits")
 
 
