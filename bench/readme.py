@@ -44,6 +44,25 @@ def quality() -> str:
     return "\n".join(lines) + f"\n\nChance: {chance}. Per seed, with data hashes and settings: `bench/results/quality.md`."
 
 
+def sparse() -> str:
+    result = json.loads((RESULTS / "sparse.json").read_text())["rows"]
+    lost: dict[tuple, dict[tuple, float]] = {}
+    for task in dict.fromkeys(row["task"] for row in result):
+        own = [row for row in result if row["task"] == task]
+        dense = 100 * own[0]["value"]
+        for key in dict.fromkeys((row["method"], row["policy"], row["ratio"]) for row in own[1:]):
+            values = [100 * row["value"] for row in own if (row["method"], row["policy"], row["ratio"]) == key]
+            lost.setdefault(key[:2], {})[task, key[2]] = dense - mean(values)
+    columns = list(next(iter(lost.values())))
+    lines = ["| method, policy | " + " | ".join(f"{task}, {ratio:.0%}" for task, ratio in columns) + " |",
+             "|---" * (1 + len(columns)) + "|"]
+    lines += [f"| {method}, {policy} | " + " | ".join(f"{found[column]:.1f}" for column in columns) + " |"
+              for (method, policy), found in lost.items()]
+    dense = ", ".join(f"{task} {100 * row['value']:.1f}" for task in dict.fromkeys(task for task, _ in columns)
+                      for row in result if row["task"] == task and row["method"] == "dense")
+    return "\n".join(lines) + f"\n\nPoints lost, mean over three calibration samples; dense: {dense}."
+
+
 def pure_read(one: dict) -> str:
     return f"; {one['pure_read']:.2f} if its bytes were only read" if "pure_read" in one else ""
 
@@ -107,7 +126,7 @@ def staging() -> str:
 
 
 OTHERS = ("monarch", "sparse24", "dictionary")
-TABLES = {"demo": demo, "quality": quality, "structures": structures, "staging": staging, "low_rank": low_rank, "other_ops": other_ops}
+TABLES = {"demo": demo, "quality": quality, "structures": structures, "staging": staging, "sparse": sparse, "low_rank": low_rank, "other_ops": other_ops}
 
 
 def main() -> None:
