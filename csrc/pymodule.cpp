@@ -44,8 +44,8 @@ Value pick(const char* what, const std::string& name, std::initializer_list<std:
 }
 
 py::dict choose_config(const std::string& op_name, int64_t m, int64_t n, int64_t k, int64_t r, const std::string& dtype,
-                       const std::string& device, const std::optional<std::string>& level, int arch, int sm_count,
-                       bool is_aligned, int members, int64_t b_in, int64_t b_out, bool interleave, int64_t kept,
+                       const std::string& device, const std::optional<std::string>& level,
+                       const std::optional<bool>& has_tiles, int arch, int sm_count, bool is_aligned, int members, int64_t b_in, int64_t b_out, bool interleave, int64_t kept,
                        int64_t group) {
   Problem problem;
   problem.m = m, problem.n = n, problem.k = k, problem.r = r;
@@ -55,6 +55,7 @@ py::dict choose_config(const std::string& op_name, int64_t m, int64_t n, int64_t
   problem.level = level ? pick<CpuLevel>("level", *level, {{"avx512_bf16", CpuLevel::avx512_bf16},
                                                            {"avx2_fma", CpuLevel::avx2_fma}, {"scalar", CpuLevel::scalar}})
                         : cpu_level();
+  problem.has_tiles = has_tiles.value_or(cpu_has_tiles());
   problem.arch = arch, problem.sm_count = sm_count, problem.is_aligned = is_aligned;
   problem.members = members, problem.b_in = b_in, problem.b_out = b_out;
   problem.interleave = interleave, problem.kept = kept, problem.group = group;
@@ -75,6 +76,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cpu_level", [] { return name_of(cpu_level()); }, "The instruction set level in use.");
   m.def("choose_config", &choose_config, py::arg("op"), py::kw_only(), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("r") = 0, py::arg("dtype") = "bfloat16", py::arg("device") = "cpu", py::arg("level") = py::none(),
+        py::arg("has_tiles") = py::none(),
         py::arg("arch") = 90, py::arg("sm_count") = 132, py::arg("is_aligned") = true,
         py::arg("members") = 1, py::arg("b_in") = 1, py::arg("b_out") = 1, py::arg("interleave") = true,
         py::arg("kept") = 2, py::arg("group") = 4,

@@ -66,12 +66,24 @@ def config(**problem):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_path_for_every_m(dtype, device):
-    has_kernel = dtype in {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}[device]
+    most = {"cpu": {"float32": 32, "bfloat16": 128}, "cuda": {"bfloat16": 16, "float16": 16}}[device].get(dtype, 0)
     for m in range(20_001):
         on_gpu = "small batch" if m <= 256 else "chain" if m < 4096 else "library"  # 4 tiles of h to 128 rows: 128 at most
-        more = on_gpu if has_kernel and device == "cuda" else "library"
-        due = "empty" if m == 0 else "decode" if m <= 16 and has_kernel else more
-        assert config(m=m, dtype=dtype, device=device)["path"] == due, m
+        more = on_gpu if most and device == "cuda" else "library"
+        due = "empty" if m == 0 else "decode" if m <= most else more
+        assert config(m=m, dtype=dtype, device=device, level="avx512_bf16", has_tiles=False)["path"] == due, m
+
+
+@needs_library
+@pytest.mark.parametrize("problem, most", [
+    ({"level": "avx512_bf16", "has_tiles": True}, 16), ({"level": "avx512_bf16", "has_tiles": True, "dtype": "float32"}, 32),
+    ({"level": "avx2_fma", "has_tiles": False}, 16), ({"level": "scalar", "has_tiles": False, "dtype": "float32"}, 16)])
+@pytest.mark.parametrize("op", ["low_rank", "monarch", "sparse24", "dictionary"])
+def test_slices_only_where_they_were_measured(op, problem, most):
+    """Kills slices beside a library that multiplies tiles, or at a level whose slices nobody timed."""
+    most = min(most, 16) if op == "monarch" else most
+    paths = [_native.native.choose_config(op, m=m, n=4096, k=4096, r=64, **problem)["path"] for m in (most, most + 1)]
+    assert paths == ["decode", "library"]
 
 
 @needs_library
@@ -179,7 +191,7 @@ def test_choice_is_printable_and_names_what_it_does_not_know():
 
 
 @needs_library
-@pytest.mark.parametrize("m, path", [(1, "decode"), (16, "decode"), (17, "library")])
+@pytest.mark.parametrize("m, path", [(1, "decode"), (16, "decode"), (33, "library")])
 def test_calls_count_the_path_taken(m, path):
     before = {name: _native.calls("low_rank", "cpu", name) for name in ("decode", "library")}
     torch.ops.lowfat.low_rank(torch.randn(m, 8), torch.randn(2, 8), torch.randn(4, 2))

@@ -4,19 +4,26 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "host/op_table.h"
+
 namespace cpu {
 
 // to [depth]. mask: input j is bit j % 32 of word j / 32. Whatever it holds, no more than `stored` values are read.
+using ExpandMask = void (*)(const uint32_t* mask, const void* values, int64_t stored, int64_t depth, void* to);
+
+// Of elements of 2, 4 or 8 bytes.
+ExpandMask expand_mask(CpuLevel level, int64_t bytes);
+ExpandMask expand_mask_vbmi2(int64_t bytes);  // 2 or 4
+
+// One word of a mask: inputs d to d + 32 of a row. Returns how many values have been taken now.
 template <class T>
-void expand_mask(const uint32_t* mask, const T* values, int64_t stored, int64_t depth, T* to) {
-  std::fill_n(to, depth, T{0});
-  int64_t next = 0;
-  for (int64_t d = 0; d < depth; d += 32) {
-    for (uint32_t bits = mask[d / 32]; bits != 0; bits &= bits - 1) {
-      const int64_t at = d + __builtin_ctz(bits);
-      if (at < depth && next < stored) to[at] = values[next++];
-    }
+int64_t expand_word(uint32_t bits, const T* values, int64_t next, int64_t stored, int64_t d, int64_t depth, T* to) {
+  std::fill_n(to + d, std::min<int64_t>(32, depth - d), T{0});
+  for (; bits != 0; bits &= bits - 1) {
+    const int64_t at = d + __builtin_ctz(bits);
+    if (at < depth && next < stored) to[at] = values[next++];
   }
+  return next;
 }
 
 // The same by the kept inputs' numbers; one that there is not is left out.

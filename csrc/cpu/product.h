@@ -7,7 +7,7 @@
 
 namespace cpu {
 
-constexpr int64_t kMostTokens = 16;  // rows of x; with more, a library's product is as good
+constexpr int64_t kMostTokens = 16;  // rows of x of one call
 
 // One product, rounded once.
 struct Product {

@@ -72,10 +72,10 @@ class Prepared {
 };
 
 template <class T>
-void multiply_atoms(const Call& s, const CpuConfig& config, const Operands& in, T* h) {
+void multiply_atoms(const Call& s, const CpuConfig& config, const Operands& in, const T* x_rows, T* h) {
   const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, s.m);
   const int64_t width = s.b_in * s.p, blocks = s.b_out * s.b_in, middle = s.middle();
-  const auto piece = [&](int64_t q) { return data_of<T>(in.x, q * s.p); };
+  const auto piece = [&](int64_t q) { return x_rows + q * s.p; };
   const Prepared<T> x(kernel, s.b_in, s.m, s.p, width, piece);
   for_tiles(blocks, s.a, kernel.row_tile, config.first_grain, [&](int64_t block, int64_t first, int64_t last) {
     const int64_t o = block / s.b_in, q = block % s.b_in;
@@ -121,13 +121,14 @@ template <class T>
 Tensor dense_codes(const Call& s, const Operands& in, int64_t first, int64_t count) {
   Tensor dense = empty(s.kind, {count, s.middle()});
   auto* to = static_cast<T*>(dense.mutable_data_ptr());
+  const cpu::ExpandMask expand = cpu::expand_mask(cpu_level(), sizeof(T));
   const int64_t blocks = count * s.b_in;
   torch::stable::parallel_for(0, blocks, 1 + kTaskNumbers / (1 + s.a), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = first * s.b_in + i;
       const T* values = data_of<T>(in.values, block * s.s);
       if (s.is_bitmap)
-        cpu::expand_mask(data_of<uint32_t>(in.support, block * s.words()), values, s.s, s.a, to + i * s.a);
+        expand(data_of<uint32_t>(in.support, block * s.words()), values, s.s, s.a, to + i * s.a);
       else
         cpu::expand_positions(data_of<int16_t>(in.support, block * s.s), values, s.s, s.a, to + i * s.a);
     }
@@ -173,11 +174,17 @@ void forward(const Call& s, const CpuConfig& config, const Operands& in, Result&
     return library<T>(s, in, h, result.y);
   }
   decode_calls.count();
+  const int64_t most = result.h ? s.m : std::min(s.m, cpu::kMostTokens);  // h of several slices would not be in one piece
   cpu::Lines inside;
-  if (!result.h) inside = cpu::new_lines(s.b_out * s.m * s.middle() * static_cast<int64_t>(sizeof(T)));
+  if (!result.h) inside = cpu::new_lines(s.b_out * most * s.middle() * static_cast<int64_t>(sizeof(T)));
   T* h = static_cast<T*>(result.h ? result.h->mutable_data_ptr() : inside.get());
-  multiply_atoms(s, config, in, h);
-  multiply_codes<T>(s, config, in, h, static_cast<T*>(result.y.mutable_data_ptr()));
+  T* y = static_cast<T*>(result.y.mutable_data_ptr());
+  for (int64_t token = 0; token < s.m; token += most) {
+    Call slice = s;
+    slice.m = std::min(most, s.m - token);
+    multiply_atoms(slice, config, in, data_of<T>(in.x, token * s.b_in * s.p), h);
+    multiply_codes<T>(slice, config, in, h, y + token * s.n);
+  }
 }
 
 // [m, Q p], zeros where there is no more of x.
@@ -192,9 +199,11 @@ Result forward_cpu(const Tensor& x, const Tensor& d, const Tensor& values, const
                    const std::optional<Tensor>& bias, bool keep_h) {
   const Call s = check(x, d, values, support, bias);
   Problem problem;
+  problem.level = cpu_level();
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.a, problem.dtype = s.dtype;
   problem.b_in = s.b_in, problem.b_out = s.b_out, problem.kept = s.s;
-  const CpuConfig config = choose_cpu_config(problem);
+  CpuConfig config = choose_cpu_config(problem);
+  if (keep_h && s.m > cpu::kMostTokens) config.path = CpuPath::library;
   Result result{empty_rows(x, s.kind, s.n), std::nullopt};
   if (keep_h) result.h = empty(s.kind, {s.b_out, s.m, s.middle()});
   if (config.path == CpuPath::empty) return result;

@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef LOWFAT_X86
+#include <cpuid.h>
+#endif
+
 namespace {
 
 CpuLevel detect() {
@@ -46,4 +50,17 @@ bool parse_cpu_level(const char* name, CpuLevel& level) {
 CpuLevel cpu_level() {
   static const CpuLevel level = choose();
   return level;
+}
+
+bool cpu_has_tiles() {
+#ifdef LOWFAT_X86
+  constexpr unsigned kAmxBf16 = 1u << 22;  // of EDX, leaf 7
+  static const bool has = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16);
+  }();
+  return has;
+#else
+  return false;
+#endif
 }

@@ -12,3 +12,6 @@ bool parse_cpu_level(const char* name, CpuLevel& level);
 // The best level that this CPU has and this build contains. LOWFAT_CPU_LEVEL lowers it; a value that names no level is
 // ignored here, because Python has refused it at import.
 CpuLevel cpu_level();
+
+// Whether this CPU multiplies tiles of bfloat16 (AMX), which the library's products use and ours do not.
+bool cpu_has_tiles();

@@ -19,6 +19,7 @@ struct Problem {
   Dtype dtype = Dtype::bfloat16;
   Device device = Device::cpu;
   CpuLevel level = CpuLevel::scalar;  // device cpu
+  bool has_tiles = cpu_has_tiles();   // device cpu
   int arch = 90, sm_count = 132;      // device cuda: 80 for compute capability 8.0; multiprocessors
   bool is_aligned = true;             // device cuda: operands start at multiples of 16 bytes
   int members = 1;                    // of a group, all with these sizes

@@ -9,14 +9,13 @@ namespace low_rank {
 namespace {
 
 constexpr int64_t kRowTile = 4;
-static_assert(kDecodeRows <= cpu::kMostTokens);
 
 int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 Config cpu_config(const Problem& p) {
   Config config;
   if (p.dtype != Dtype::float32 && p.dtype != Dtype::bfloat16) return config;
-  if (p.m > kDecodeRows) return config;
+  if (p.m > cpu::most_tokens(p)) return config;
   config.path = Path::decode;
   config.row_tile = kRowTile;
   const int64_t bytes = element_bytes(p.dtype);

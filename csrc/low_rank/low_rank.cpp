@@ -33,8 +33,8 @@ void multiply(const cpu::Kernel& kernel, cpu::Product product, int64_t grain) {
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) { kernel.multiply(product, first, last); });
 }
 
-cpu::Product first(const Operands& in, const Sizes& s, void* h) {
-  return {in.x.const_data_ptr(), in.v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, s.k, s.r, in.u.const_data_ptr()};
+cpu::Product first(const Operands& in, const Sizes& s, const void* x, void* h) {
+  return {x, in.v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, s.k, s.r, in.u.const_data_ptr()};
 }
 
 cpu::Product second(const Operands& in, const Sizes& s, const void* h, void* y) {
@@ -52,12 +52,20 @@ Result product_cpu(const Sizes& s, const Operands& in, bool keep_h) {
   if (config.path == Path::empty) return result;
 
   decode_calls.count();
+  const int64_t bytes = s.dtype == Dtype::float32 ? 4 : 2;
   cpu::Lines h_inside;
-  if (!keep_h) h_inside = cpu::new_lines(s.m * s.r * 4);
-  void* h = keep_h ? result.h->mutable_data_ptr() : h_inside.get();
-  const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, s.m);
-  multiply(kernel, first(in, s, h), config.first_grain);
-  multiply(kernel, second(in, s, h, result.y.mutable_data_ptr()), config.second_grain);
+  if (!keep_h) h_inside = cpu::new_lines(std::min(s.m, cpu::kMostTokens) * s.r * bytes);
+  const auto* x = static_cast<const char*>(in.x.const_data_ptr());
+  auto* y = static_cast<char*>(result.y.mutable_data_ptr());
+  auto* kept = keep_h ? static_cast<char*>(result.h->mutable_data_ptr()) : nullptr;
+  for (int64_t token = 0; token < s.m; token += cpu::kMostTokens) {
+    Sizes slice = s;
+    slice.m = std::min(cpu::kMostTokens, s.m - token);
+    void* h = keep_h ? kept + token * s.r * bytes : h_inside.get();
+    const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, slice.m);
+    multiply(kernel, first(in, slice, x + token * s.k * bytes, h), config.first_grain);
+    multiply(kernel, second(in, slice, h, y + token * s.n * bytes), config.second_grain);
+  }
   return result;
 }
 

@@ -21,8 +21,9 @@ CpuConfig decode_config(const Problem& p) {
   const int64_t bytes = p.dtype == Dtype::float32 ? 4 : 2;
   const int64_t first_rows = p.b_out * p.r, first_bytes = first_rows * cpu::parts_of(p.k, p.b_in) * bytes;  // of a block
   const int64_t second_rows = cpu::parts_of(p.n, p.b_out), second_bytes = second_rows * p.b_in * p.r * bytes;
-  config.first_group = group_of(p.b_in, p.m * first_rows * bytes);
-  config.second_group = group_of(p.b_out, p.m * second_rows * bytes);
+  const int64_t m = std::min(p.m, cpu::kMostTokens);  // of a slice
+  config.first_group = group_of(p.b_in, m * first_rows * bytes);
+  config.second_group = group_of(p.b_out, m * second_rows * bytes);
   if (p.b_in * first_bytes + p.b_out * second_bytes >= cpu::kThreadedBytes) {
     config.first_grain = cpu::grain_of(first_bytes);
     config.second_grain = cpu::grain_of(second_bytes);
@@ -50,6 +51,7 @@ const RegisterOp registered({"monarch", compiled_cpu_levels(), compiled_cuda_arc
 CpuConfig choose_cpu_config(const Problem& p) {
   CpuConfig config;
   config.path = cpu::path_of(p);
+  if (p.dtype == Dtype::float32 && p.m > cpu::kMostTokens) config.path = CpuPath::library;  // measured: no slice is ahead
   return config.path == CpuPath::decode ? decode_config(p) : config;
 }
 

@@ -224,10 +224,15 @@ void forward(const Call& s, const CpuConfig& config, const Tensor& x, const Tens
     return library(s, in, v, u, h, result.y);
   }
   decode_calls.count();
+  const int64_t most = result.h ? s.m : std::min(s.m, cpu::kMostTokens);  // h of several slices would not be in one piece
   cpu::Lines h_inside;
-  if (!result.h) h_inside = new_elements<T>(s.b_out * s.m * s.t());
+  if (!result.h) h_inside = new_elements<T>(s.b_out * most * s.t());
   in.h = result.h ? static_cast<T*>(result.h->mutable_data_ptr()) : elements_of<T>(h_inside);
-  decode(s, config, in);
+  for (int64_t token = 0; token < s.m; token += most, in.x += most * s.k, in.y += most * s.n) {
+    Call slice = s;
+    slice.m = std::min(most, s.m - token);
+    decode(slice, config, in);
+  }
 }
 
 // The tensors are made contiguous: the same bits for every layout of the same values, on whichever path.
@@ -235,9 +240,11 @@ Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std:
                    bool interleave, bool keep_h) {
   const Call s = check(x, v, u, bias, n, interleave);
   Problem problem;
+  problem.level = cpu_level();
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.dtype = s.dtype;
   problem.b_in = s.b_in, problem.b_out = s.b_out;
-  const CpuConfig config = choose_cpu_config(problem);
+  CpuConfig config = choose_cpu_config(problem);
+  if (keep_h && s.m > cpu::kMostTokens) config.path = CpuPath::library;
   Result result{empty_rows(x, s.kind, s.n), std::nullopt};
   if (keep_h) result.h = empty(s.kind, {s.b_out, s.m, s.t()});
   if (config.path == CpuPath::empty) return result;

@@ -61,23 +61,23 @@ def counted(call):
     return tuple(_native.calls("dictionary", "cpu", path) - was for path, was in zip(("decode", "library"), before))
 
 
+def takes(m, dtype, **sizes):
+    """test_native.py says for how many rows."""
+    name = str(dtype).removeprefix("torch.")
+    return _native.native.choose_config("dictionary", m=m, n=31, k=36, r=8, dtype=name, **sizes)["path"] == "decode"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("m", [1, 16, 17, 100])
+@pytest.mark.parametrize("m", [1, 16, 17, 32, 100, 129])
 def test_the_path_is_recorded(m, form, dtype):
     """T-dispatch-record: a silent fallback fails here."""
     args = normal(m, 33, 31, 2, 3, 20, 7, form, dtype)
-    kernel = m <= 16 and dtype in (torch.float32, torch.bfloat16)
-    for call in (dictionary, OPS.dictionary, OPS.dictionary_training):
+    kernel = takes(m, dtype)
+    for call in (dictionary, OPS.dictionary):
         assert counted(lambda: call(*args)) == (kernel, not kernel)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_path_for_every_m(dtype):
-    for m in range(40):
-        config = _native.native.choose_config("dictionary", m=m, n=4096, k=4096, r=1024, kept=512, dtype=dtype)
-        due = "empty" if m == 0 else "decode" if m <= 16 and dtype in ("float32", "bfloat16") else "library"
-        assert config["path"] == due, m
+    kernel = kernel and m <= 16  # one slice: h is in one piece
+    assert counted(lambda: OPS.dictionary_training(*args)) == (kernel, not kernel)
 
 
 def test_threads_share_rows_of_enough_bytes():
@@ -160,7 +160,7 @@ def check_level(seed: int = 0) -> int:
         assert gates.exact_gate(y, exact) and gates.exact_gate(h, middle), what
         for end in (True, False):
             assert torch.equal(OPS.dictionary(*(gates.at_guard_page(t, end=end) for t in some)), expected), what
-        rows = 17 if done % 10 == 0 else 1  # the library path too
+        rows = 137 if done % 10 == 0 else 1  # the library path too
         wrong = (x.repeat(rows, 1), d, values, bad_support(support, done // 2 % 4), bias)
         for end in (True, False):
             OPS.dictionary(*(gates.at_guard_page(t, end=end) for t in wrong))

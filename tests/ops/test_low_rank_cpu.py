@@ -28,12 +28,18 @@ def counted(call):
     return tuple(_native.calls("low_rank", "cpu", path) - was for path, was in zip(("decode", "library"), before))
 
 
+def takes(m, dtype, **sizes):
+    """test_native.py says for how many rows."""
+    name = str(dtype).removeprefix("torch.")
+    return _native.native.choose_config("low_rank", m=m, n=31, k=36, r=8, dtype=name, **sizes)["path"] == "decode"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("m", [1, 16, 17, 100])
+@pytest.mark.parametrize("m", [1, 16, 17, 32, 100, 129])
 def test_the_path_is_recorded(m, dtype):
     """T-dispatch-record: a silent fallback fails here."""
     args = gates.whole_inputs(m, 33, 7, 31, torch.bfloat16)
-    kernel = m <= 16 and dtype in (torch.float32, torch.bfloat16)
+    kernel = takes(m, dtype)
     for call in (low_rank, torch.ops.lowfat.low_rank, torch.ops.lowfat.low_rank_training):
         assert counted(lambda: call(*(t.to(dtype) for t in args))) == (kernel, not kernel)
 

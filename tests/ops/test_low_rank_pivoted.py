@@ -210,7 +210,7 @@ def test_meta_gives_shapes():
 @pytest.mark.skipif(_native.library_path is None, reason="no compiled library")
 @pytest.mark.parametrize("m,path,dtype,product", [
     (1, "decode", torch.bfloat16, "decode"), (16, "decode", torch.float32, "decode"), (16, "library", torch.half, "library"),
-    (17, "library", torch.float32, "library")])
+    (33, "library", torch.float32, "library")])
 def test_the_path_on_a_cpu_is_recorded(m, path, dtype, product):
     """T-dispatch-record: the product's path is low_rank's own, ours is how its columns come to their places."""
     def paths():

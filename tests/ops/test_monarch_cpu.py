@@ -51,23 +51,22 @@ def counted(call):
     return tuple(_native.calls("monarch", "cpu", path) - was for path, was in zip(("decode", "library"), before))
 
 
+def takes(m, dtype, **sizes):
+    """test_native.py says for how many rows."""
+    name = str(dtype).removeprefix("torch.")
+    return _native.native.choose_config("monarch", m=m, n=31, k=36, r=8, dtype=name, **sizes)["path"] == "decode"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("m", [1, 16, 17, 100])
+@pytest.mark.parametrize("m", [1, 16, 17, 32, 100, 129])
 def test_the_path_is_recorded(m, dtype):
     """T-dispatch-record: a silent fallback fails here."""
     args = normal(m, 33, 31, 4, 3, 2, dtype)
-    kernel = m <= 16 and dtype in (torch.float32, torch.bfloat16)
-    for call in (lambda *a: monarch(*a, out_features=31), lambda *a: OPS.monarch(*a, 31, False),
-                 lambda *a: OPS.monarch_training(*a, 31, True)):
+    kernel = takes(m, dtype)
+    for call in (lambda *a: monarch(*a, out_features=31), lambda *a: OPS.monarch(*a, 31, False)):
         assert counted(lambda: call(*args)) == (kernel, not kernel)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_path_for_every_m(dtype):
-    for m in range(40):
-        config = _native.native.choose_config("monarch", m=m, n=4096, k=4096, r=1, b_in=64, b_out=64, dtype=dtype)
-        due = "empty" if m == 0 else "decode" if m <= 16 and dtype in ("float32", "bfloat16") else "library"
-        assert config["path"] == due, m
+    kernel = kernel and m <= 16  # one slice: h is in one piece
+    assert counted(lambda: OPS.monarch_training(*args, 31, True)) == (kernel, not kernel)
 
 
 def test_threads_share_blocks_of_enough_bytes():
@@ -85,7 +84,7 @@ def test_threads_share_blocks_of_enough_bytes():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_library_path_moves_everything_to_its_place(shape, interleave, dtype):
     """More rows than the kernel takes; one at a time they take it, but for dtypes that it has not."""
-    x, v, u, bias = whole(19, *shape, dtype)
+    x, v, u, bias = whole(137, *shape, dtype)
     n = shape[1]
     exact, middle = reference_training(*(t.double() for t in (x, v, u, bias)), n, interleave)
     y, h = OPS.monarch_training(x, v, u, bias, n, interleave)

@@ -1,0 +1,61 @@
+"""More rows than a CPU kernel takes at once go through it slice by slice, with the bits of each slice alone."""
+import pytest
+import torch
+
+import gates
+import lowfat
+from lowfat import _native
+from lowfat.ops import dictionary, low_rank, monarch, sparse24
+
+pytestmark = pytest.mark.skipif(_native.library_path is None or _native.cpu_level() != "avx512_bf16",
+                                reason="slices are for AVX-512")
+
+
+def monarch_operands(dtype):
+    layer = lowfat.Monarch(70, 90, blocks=(3, 4), rank=2, dtype=dtype)
+    return layer.v, layer.u, layer.bias
+
+
+def sparse24_operands(dtype):
+    layer = lowfat.Sparse24.from_dense(torch.randn(90, 72).to(dtype), torch.randn(90).to(dtype))
+    return layer.values, layer.mask, layer.bias
+
+
+def dictionary_operands(dtype):
+    layer = lowfat.Dictionary.from_dense(torch.randn(90, 70).to(dtype), torch.randn(90).to(dtype), atoms=25, nonzeros=9,
+                                         blocks=(3, 2))
+    return layer.d, layer.values, layer.support, layer.bias
+
+
+OPS = {"low_rank": (low_rank, 72, lambda dtype: tuple(torch.randn(*size).to(dtype) for size in ((20, 72), (90, 20), (90,)))),
+       "monarch": (lambda *a: monarch(*a, out_features=90), 70, monarch_operands),
+       "sparse24": (sparse24, 72, sparse24_operands), "dictionary": (dictionary, 70, dictionary_operands)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [17, 31, 32, 100, 128])
+@pytest.mark.parametrize("name", OPS)
+@torch.no_grad()
+def test_each_slice_alone_gives_the_same_bits(name, m, dtype):
+    """At the edge of a page: kills a slice that begins or ends elsewhere, and one that reads or writes past the rows."""
+    op, k, operands = OPS[name]
+    x, others = torch.randn(m, k).to(dtype), [t.detach() for t in operands(dtype)]
+    expected = torch.cat([op(rows, *others) for rows in x.split(16)])
+    before = _native.calls(name, "cpu", "library")
+    for end in (True, False):
+        found = op(*(gates.at_guard_page(t, end=end) for t in (x, *others)))
+        if _native.calls(name, "cpu", "library") == before:
+            assert torch.equal(found, expected)
+        else:  # fewer rows go in slices, or none on this processor
+            assert m > (16 if name == "monarch" or dtype is torch.bfloat16 else 32)
+            assert dtype is torch.float32 or _native.native.choose_config(name, m=17, n=90, k=72)["path"] == "library"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_training_keeps_is_that_of_the_slices(dtype):
+    x, v, u = torch.randn(31, 72).to(dtype), torch.randn(20, 72).to(dtype), torch.randn(90, 20).to(dtype)
+    y, h = torch.ops.lowfat.low_rank_training(x, v, u, None)
+    if _native.native.choose_config("low_rank", m=31, n=90, k=72, r=20, dtype=str(dtype)[6:])["path"] == "decode":
+        parts = [torch.ops.lowfat.low_rank_training(rows, v, u, None) for rows in x.split(16)]
+        assert torch.equal(y, torch.cat([part[0] for part in parts])) and torch.equal(h, torch.cat([part[1] for part in parts]))
