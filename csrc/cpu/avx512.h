@@ -45,7 +45,9 @@ struct Avx512 : FourSums {
 
   using FourSums::add_partial;
   using FourSums::keep_partial;
+  using FourSums::scaled;
   using FourSums::store;
+  static __m512 scaled(__m512 sums, float scale) { return _mm512_mul_ps(sums, _mm512_set1_ps(scale)); }
   static __m512 add_partial(__m512 sums, const float* partial) { return _mm512_add_ps(sums, _mm512_loadu_ps(partial)); }
   static void keep_partial(float* partial, __m512 sums) { _mm512_storeu_ps(partial, sums); }
 

@@ -89,8 +89,7 @@ void stream(const Product& product, int64_t first_tile, int64_t last_tile) {
     for (int t = 0; t < kTokens; ++t)
       for (int i = 0; i < V::kRows; ++i) sums[t][i] = V::zero();
     for (int i = 0; i < here; ++i) add_row<V, kTokens>(product, row + i, sums, i);
-    finish<V, kTokens, 0>(sums, nullptr, nullptr, static_cast<Weight*>(product.y) + row, product.y_row,
-                          bias ? bias + row : nullptr, here);
+    finish<V, kTokens, 0>(sums, {}, static_cast<Weight*>(product.y) + row, product.y_row, bias ? bias + row : nullptr, here);
   }
 }
 

@@ -170,20 +170,31 @@ __attribute__((always_inline)) inline void add_part(typename V::Sum (&sums)[kTok
   if constexpr (kPart + 1 < V::kParts) add_part<V, kTokens, kPart + 1>(sums, wide, x, x_stride, count);
 }
 
-// The sums of a tile, added to those of earlier chunks, go to y, or to `keep` for later chunks: V::kTogether tokens at a
-// time, so that they share instructions.
+// What becomes of a tile's sums at the end, and what they meet there: each [kMostTokens, V::kRows] from the tile's first
+// token on.
+struct Ending {
+  const float* earlier = nullptr;  // sums over earlier chunks, or null
+  float* keep = nullptr;           // for later chunks, or null: then they go to y
+  float scale = 1;
+  const float* added = nullptr;
+};
+
+// The sums of a tile, V::kTogether tokens at a time, so that they share instructions.
 template <class V, int kTokens, int kFirst>
-__attribute__((always_inline)) inline void finish(const typename V::Sum (&sums)[kTokens][V::kRows], const float* earlier,
-                                                  float* keep, typename V::Weight* y, int64_t y_stride,
-                                                  const typename V::Weight* bias, int64_t rows) {
+__attribute__((always_inline)) inline void finish(const typename V::Sum (&sums)[kTokens][V::kRows], const Ending& ending,
+                                                  typename V::Weight* y, int64_t y_stride, const typename V::Weight* bias,
+                                                  int64_t rows) {
   constexpr int kMany = kTokens - kFirst >= V::kTogether ? V::kTogether : 1;
   auto total = V::template reduce<kMany>(&sums[kFirst]);
-  if (earlier) total = V::add_partial(total, earlier + kFirst * V::kRows);
-  if (keep)
-    V::keep_partial(keep + kFirst * V::kRows, total);
-  else
+  if (ending.earlier) total = V::add_partial(total, ending.earlier + kFirst * V::kRows);
+  if (ending.keep) {
+    V::keep_partial(ending.keep + kFirst * V::kRows, total);
+  } else {
+    if (ending.scale != 1) total = V::scaled(total, ending.scale);
+    if (ending.added) total = V::add_partial(total, ending.added + kFirst * V::kRows);
     V::store(y + kFirst * y_stride, y_stride, total, bias, rows);
-  if constexpr (kFirst + kMany < kTokens) finish<V, kTokens, kFirst + kMany>(sums, earlier, keep, y, y_stride, bias, rows);
+  }
+  if constexpr (kFirst + kMany < kTokens) finish<V, kTokens, kFirst + kMany>(sums, ending, y, y_stride, bias, rows);
 }
 
 // What a pass over a group does with the weights it widens. Later passes read them from the L1 cache: to widen again
@@ -358,9 +369,10 @@ __attribute__((noinline)) void multiply_group(const Product& product, const Step
       for (int i = 0; i < V::kRows; ++i) MaskedRows<V>(product, step).keep_cursor(row + i, w[i] - all_w);
 
     float* partial = step.partial + (row - step.first_row) * kMostTokens + token * V::kRows;
+    const float* added = product.added ? product.added + row * kMostTokens + token * V::kRows : nullptr;
+    const Ending ending{step.is_first ? nullptr : partial, step.is_last ? nullptr : partial, product.scale, added};
     auto* y = static_cast<Weight*>(product.y) + token * product.y_row + row;
-    finish<V, kTokens, 0>(sums, step.is_first ? nullptr : partial, step.is_last ? nullptr : partial, y, product.y_row,
-                          bias ? bias + row : nullptr, here);
+    finish<V, kTokens, 0>(sums, ending, y, product.y_row, bias ? bias + row : nullptr, here);
   }
 }
 

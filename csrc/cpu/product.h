@@ -25,6 +25,10 @@ struct Product {
   const int16_t* positions = nullptr;  // [rows, segments, kept]
   int64_t segments = 1;                // pieces of `depth` that an input row consists of
   int64_t kept = 0;                    // of a row and segment
+
+  // Of one whose w is dense: y = scale x w^T + added + bias, rounded once.
+  float scale = 1;
+  const float* added = nullptr;  // [ceil(rows / row_tile), kMostTokens, row_tile]; what is past m or rows is not looked at
 };
 
 // One instruction set's kernel for one dtype. The order in which an element of y is summed depends on the sizes alone,

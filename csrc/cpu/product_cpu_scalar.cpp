@@ -52,6 +52,11 @@ struct Scalar : Packed<Scalar<Element>, 4> {
     for (int i = 0; i < 4; ++i) all.sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
     return all;
   }
+  static Four scaled(const Four& all, float scale) {
+    Four product;
+    for (int i = 0; i < 4; ++i) product.sums[i] = scale * all.sums[i];
+    return product;
+  }
   static Four add_partial(const Four& all, const float* partial) {
     Four total;
     for (int i = 0; i < 4; ++i) total.sums[i] = all.sums[i] + partial[i];

@@ -31,6 +31,7 @@ inline void store4(uint16_t* y, __m128 sums) {
 
 // The part of V that is the same for both: four sums are one __m128.
 struct FourSums {
+  static __m128 scaled(__m128 sums, float scale) { return _mm_mul_ps(sums, _mm_set1_ps(scale)); }
   static __m128 add_partial(__m128 sums, const float* partial) { return _mm_add_ps(sums, _mm_loadu_ps(partial)); }
   static void keep_partial(float* partial, __m128 sums) { _mm_storeu_ps(partial, sums); }
 
