@@ -12,8 +12,8 @@ LAYER, OATS = "structures/low_rank_sparse.py", "methods/oats.py"
 MUTANTS = [  # (file, text, its replacement)
     (LIBRARY, "if reads_middle is None else reads_middle", ""),  # of values: u would find no middle, or keep one for nothing
     # the sparse matrix
-    (OP, "starts[1:].contiguous(), ordinals, right=True", "starts[1:].contiguous(), ordinals"),  # the row before
-    (OP, "torch.searchsorted(starts[1:]", "torch.searchsorted(starts[:-1]"),
+    (OP, "torch.searchsorted(ends, ordinals, right=True)", "torch.searchsorted(ends, ordinals)"),  # the row before
+    (OP, "ends = starts[1:]", "ends = starts[:-1]"),
     (OP, "torch.where(is_inside, rows * k + columns, 0), is_inside", "rows * k + columns, is_inside"),  # out of bounds
     (OP, "is_inside = (rows < n) & (columns >= 0) & (columns < k)", "is_inside = (columns >= 0) & (columns < k)"),
     (OP, "(rows < n) & (columns >= 0) & (columns < k)", "(rows < n) & (columns < k)"),

@@ -94,7 +94,8 @@ def places(starts: Tensor, columns: Tensor, n: int, k: int) -> tuple[Tensor, Ten
 
     In range for any support whatever, and found without reading it."""
     ordinals = torch.arange(columns.shape[0], dtype=torch.int32, device=columns.device)
-    rows = torch.searchsorted(starts[1:].contiguous(), ordinals, right=True)  # that end behind it, from the first
+    ends = starts[1:].cummax(0).values  # the same where they rise
+    rows = torch.searchsorted(ends, ordinals, right=True)  # the first that ends behind it
     columns = columns.long()
     is_inside = (rows < n) & (columns >= 0) & (columns < k)
     return torch.where(is_inside, rows * k + columns, 0), is_inside
