@@ -1,8 +1,8 @@
 """The compiled CPU kernels of low_rank_sparse and its gradients: that they ran, at every instruction set level and in every
 plan, and that they touch nothing beyond their tensors, whatever the support says.
 
-`python test_low_rank_sparse_cpu.py` is the check of one level (LOWFAT_CPU_LEVEL) with every input at a guard page: reading one
-element too far ends that process."""
+`python test_low_rank_sparse_cpu.py` is the check of one level (LOWFAT_CPU_LEVEL) with every input at a guard page: reading
+one element too far ends that process."""
 import os
 import subprocess
 import sys
@@ -52,7 +52,8 @@ def in_double(args):
 
 def counted(call):
     """Which of PATHS it took, and which of its gradients'."""
-    of = [("low_rank_sparse", path) for path in PATHS] + [("low_rank_sparse_backward", path) for path in ("kernels", "library")]
+    of = [("low_rank_sparse", path) for path in PATHS]
+    of += [("low_rank_sparse_backward", path) for path in ("kernels", "library")]
     before = [_native.calls(op, "cpu", path) for op, path in of]
     call()
     return [path for (op, path), was in zip(of, before) for _ in range(_native.calls(op, "cpu", path) - was)]
@@ -142,8 +143,9 @@ def check_gradients(dy, args):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(17, 700, 500, 40, 0.03, 0.3), (200, 700, 500, 40, 0.03, 0.3), (200, 300, 200, 9, 0.8, 0.3),
-                                   (16, 700, 500, 40, 0.03, 0.3), (1000, 257, 130, 0, 0.1, 0.3)])
+@pytest.mark.parametrize("shape", [(17, 700, 500, 40, 0.03, 0.3), (200, 700, 500, 40, 0.03, 0.3),
+                                   (200, 300, 200, 9, 0.8, 0.3), (16, 700, 500, 40, 0.03, 0.3),
+                                   (1000, 257, 130, 0, 0.1, 0.3)])
 def test_within_the_gates(shape, dtype):
     """Shapes of every plan, large enough for the gates of norm and maximum."""
     args = normal(*shape, dtype)

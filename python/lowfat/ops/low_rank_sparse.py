@@ -10,7 +10,7 @@ ascending; columns is int16 where k <= 32768, else int32. r and nnz may be 0.
     y = x W^T + bias             "materialize"
 
 What S does not hold is skipped or multiplied by zero, as suits the kernel: Inf or NaN in x reaches at least the outputs that
-have an entry for its input, and no other token's."""
+have an entry for its input, and no other token's. In bf16 on a CPU, subnormal inputs, middles and sums may count as zero."""
 from math import prod
 
 import torch
