@@ -239,10 +239,10 @@ def report(result: dict) -> str:
     text = ["# low_rank_sparse on the CPU against SLTrain's public method", "",
             f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread(s), load {about['load'][0]} at the start; "
             f"torch {about['torch']}, lowfat {about['lowfat']} ({about['compiler']}), level {about['level']}; "
-            f"{about['date']}. {DENSITY:.0%} of the entries, scale {SCALE}, with bias. The public method in plain torch: one "
-            f"product and `scatter_add` make W, in forward and again in backward, and all gradients come from a dense dW. "
-            f"Medians of one process; × faster is the median over pairs of neighbouring calls, below 1 a loss. Decode reads "
-            f"weights from memory. Made by `python bench/ops/low_rank_sparse_cpu.py`.", ""]
+            f"{about['date']}. {DENSITY:.0%} of the entries, scale {SCALE}, with bias. The public method in plain torch: "
+            f"one product and `scatter_add` make W, in forward and again in backward, and all gradients come from a dense "
+            f"dW. Medians of one process; × faster is the median over pairs of neighbouring calls, below 1 a loss. Decode "
+            f"reads weights from memory. Made by `python bench/ops/low_rank_sparse_cpu.py`.", ""]
     for kind, columns, title in (("steps", STEP_COLUMNS, "forward and backward, all gradients"),
                                  ("decode", DECODE_COLUMNS, "decode, a forward of few rows")):
         for dtype in DTYPES:
