@@ -97,7 +97,7 @@ CALLERS = {
         named=False),
     "torch.ops.lowfat.low_rank_sparse_backward": Caller(
         lambda *args: through_backward(*args, op=low_rank_sparse_gradients), named=False,
-        framework=lambda *args: product_and_bias(*args)),
+        framework=lambda *args: rows_times_columns(*args)),
     "wavelet": Caller(lambda *args: through_wavelet(public_wavelet, *args), named=False,
                       framework=lambda *args: product_and_bias(*args)),
     "torch.ops.lowfat.wavelet": Caller(lambda *args: through_wavelet(torch.ops.lowfat.wavelet, *args), named=False,
