@@ -43,15 +43,6 @@ struct DecodeConfig : DecodeSizes<T, kTileCount>, PlainForm {};
 
 // --- from the sums to y ---
 
-// The bias of the block's columns, while there is something to wait for.
-LOWFAT_DEVICE void load_bias(const DecodeParams& p, const SecondShare& mine, uint16_t* smem_bias) {
-  if (!p.bias) return;
-  const int first = mine.tiles.first * kTileRows, last = smaller(mine.tiles.last * kTileRows, p.n);
-  for (int column = first + threadIdx.x; column < last; column += blockDim.x) {
-    smem_bias[column - first] = device::load(p.bias + column);
-  }
-}
-
 // The residual is on its way while sums are added.
 template <class Config>
 LOWFAT_DEVICE void store_y(const DecodeParams& p, const SecondShare& mine, const float* smem_sums, const uint16_t* smem_bias) {

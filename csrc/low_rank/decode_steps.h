@@ -21,6 +21,10 @@ struct DecodeSizes {
   static constexpr int kSplitsAtOnce = 4;
   static_assert(kTileCount == 1 || kTileCount == 2, "d of more tokens would not stay in registers");
   static_assert(slot_floats(kTileCount) * 4 % 16 == 0, "what follows the sums is 16-byte aligned");
+
+  // What is done to a sum of h before it is rounded: a config may have its own.
+  template <class AnyParams>
+  LOWFAT_DEVICE static float of_h(const AnyParams&, float sum) { return sum; }
 };
 
 // A config is these sizes and a form, which has what sets one kernel apart:
@@ -326,7 +330,8 @@ LOWFAT_DEVICE void gather_h(const Params<Config>& p, const float* partials, int 
     for (int j = 0; j < Config::kTogether; ++j) {
       if (token[j] >= p.m) continue;
       const bool is_inside = column[j] < r;
-      uint2 rounded = make_uint2(device::pack2<T>(sums[j].x, sums[j].y), device::pack2<T>(sums[j].z, sums[j].w));
+      uint2 rounded = make_uint2(device::pack2<T>(Config::of_h(p, sums[j].x), Config::of_h(p, sums[j].y)),
+                                 device::pack2<T>(Config::of_h(p, sums[j].z), Config::of_h(p, sums[j].w)));
       if (!is_inside) rounded = make_uint2(0, 0);
       *reinterpret_cast<uint2*>(smem_h + token[j] * h_stride(r) + column[j]) = rounded;
       const int i = first + j * Config::kThreads;
@@ -391,6 +396,16 @@ LOWFAT_DEVICE float sum_of(const float* smem_sums, Range warps, int tile, int to
     sum += smem_sums[slot_of(tile, warp) * slot_floats(Config::kTokenTiles) + sum_at(token, row)];
   }
   return sum;
+}
+
+// The bias of the block's columns, while there is something to wait for.
+template <class AnyParams>
+LOWFAT_DEVICE void load_bias(const AnyParams& p, const SecondShare& mine, uint16_t* smem_bias) {
+  if (!p.bias) return;
+  const int first = mine.tiles.first * kTileRows, last = smaller(mine.tiles.last * kTileRows, p.n);
+  for (int column = first + threadIdx.x; column < last; column += blockDim.x) {
+    smem_bias[column - first] = device::load(p.bias + column);
+  }
 }
 
 // A block's shared memory, and what it does of the second product.

@@ -75,7 +75,7 @@ MUTANTS = [
            "        load_v<Config>(p, work, step + 2 * kBatch, even);\n", "", "low_rank_decode_test"),
     Mutant("decode: next unit starts with this one's weights", LOW_RANK + "decode_steps.h",
            "      if (next < units) begin(next);\n", "", "low_rank_decode_test"),
-    Mutant("decode: bias of the column beside", LOW_RANK + "decode.cu",
+    Mutant("decode: bias of the column beside", LOW_RANK + "decode_steps.h",
            "smem_bias[column - first] =", "smem_bias[(column - first) ^ 1] =", "low_rank_decode_test"),
     Mutant("decode: sums of the first warp of a tile dropped", LOW_RANK + "decode_steps.h",
            "  float sum = 0;\n  for (int warp = warps.first",
