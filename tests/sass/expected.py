@@ -27,7 +27,7 @@ class Expected:
     tile_loads: int = 0  # copies of tiles (TMA) to shared memory, exactly
     early_tile_loads: int = 0  # of them on a way that does not wait for the kernel before, exactly
     fences: int = 0  # MEMBAR instructions, exactly
-    activation_ffma: int = 0  # FFMA that activations take, at most: they are no products
+    activation_ffma: int = 0  # FFMA that activations take, or the entries of a sparse matrix, at most: not those products
     copy_fences: int = 0  # FENCE.VIEW.ASYNC instructions, exactly: between ordinary accesses and those of the copy engine
     narrow_loads: bool = False  # loads of single elements are allowed: of operands without alignment
 
@@ -71,6 +71,10 @@ SPARSE_BACKWARD = dict(tensor_core=r"HMMA\.16816\.F32")
 # runs are sent off: no other, for it would wait for stores of y. Those of the copy engine: barriers are there, of each loop
 # that makes them, and runs are written. The narrow load is the bias, at any address.
 STATIONARY = dict(archs=("sm_90a",), registers=168, tile_loads=3, early_tile_loads=3, fences=5, copy_fences=8, narrow_loads=True)
+# low_rank_sparse/materialize.cu, backward.cu. In front of the first barrier three stages are asked for, two pieces of each
+# operand. Loads to registers are of starts, of columns, 2 bytes each or 4, which are looked for one by one, and of values.
+# Two blocks of the large tile share a multiprocessor.
+ENTRIES = dict(tensor_core=r"HMMA\.16816\.F32", copies_before_barrier=12, narrow_loads=True)
 # sparse24/forward.cu. In front of the first barrier stand the loads of a batch of values, 8 for each tile of 16 rows of a
 # warp, and of its mask, 2 of 8 bytes (which match the pattern by LTC128B, the lines they fetch), and 4 of x. The one fence is
 # the release of the grid's barrier. The narrow loads are the bias, at any address.
@@ -127,6 +131,18 @@ KERNELS = [
     Expected("monarch/stationary.cu", r"stationary_product<", registers=8, archs=("sm_80",)),
     Expected("dictionary/forward.cu", r"dictionary::forward<", registers=168, weight_loads=56, before_barrier=48,
              copies_before_barrier=20, fences=1, **DECODE),
+    # as low_rank/decode.cu; three copies more, of starts and of entries' columns and values; FFMA: of seven entries, four and
+    # the loop's tail, for each number of rows of x up to 8 or 16
+    Expected("low_rank_sparse/decode.cu", r"low_rank_sparse::decode<.*1>", registers=176, weight_loads=80, before_barrier=48,
+             copies_before_barrier=13, fences=1, activation_ffma=105, **DECODE),
+    Expected("low_rank_sparse/decode.cu", r"low_rank_sparse::decode<.*2>", registers=208, weight_loads=96, before_barrier=64,
+             copies_before_barrier=13, fences=1, activation_ffma=217, **DECODE),
+    Expected("low_rank_sparse/materialize.cu", r"materialize<.*128>", registers=128, **ENTRIES),
+    Expected("low_rank_sparse/materialize.cu", r"materialize<.*64>", registers=80, **ENTRIES),
+    Expected("low_rank_sparse/backward.cu", r"backward_select<.*128>", registers=128, **ENTRIES),
+    Expected("low_rank_sparse/backward.cu", r"backward_select<.*64>", registers=80, **ENTRIES),
+    # single elements, too: of what the library multiplies
+    Expected("low_rank_sparse/dense.cu", r"(add|select)_entries<", registers=40, narrow_loads=True),
     Expected("sparse24/forward.cu", r"sparse24::forward<.*1>", registers=96, weight_loads=28, before_barrier=14,
              **SPARSE24),
     Expected("sparse24/forward.cu", r"sparse24::forward<.*2>", registers=160, weight_loads=48, before_barrier=24,
