@@ -4,6 +4,7 @@
 
 #include "cpu/config.h"
 #include "low_rank_sparse/low_rank_sparse_cpu.h"
+#include "low_rank_sparse/low_rank_sparse_cuda.h"
 
 namespace low_rank_sparse {
 namespace {
@@ -52,6 +53,7 @@ const char* name_of_path(CpuPath path) {
 }
 
 Described describe(const Problem& p) {
+  if (p.device == Device::cuda) return describe_low_rank_sparse_cuda(p);
   const CpuConfig config = choose_cpu_config(p);
   Described all{{"path", name_of_path(config.path)}};
   if (config.path == CpuPath::decode || config.path == CpuPath::split) all.emplace_back("level", name_of(p.level));
@@ -60,14 +62,16 @@ Described describe(const Problem& p) {
   return all;
 }
 
-// The gradients: no plan to choose.
+// The gradients: on a CPU, no plan to choose.
 Described describe_backward(const Problem& p) {
+  if (p.device == Device::cuda) return describe_low_rank_sparse_backward_cuda(p);
   if (p.dtype == Dtype::float64) return {{"path", "library"}};
   return {{"path", "kernels"}, {"level", name_of(p.level)}};
 }
 
-const RegisterOp registered({"low_rank_sparse", compiled_cpu_levels(), {}, &describe});
-const RegisterOp registered_backward({"low_rank_sparse_backward", compiled_cpu_levels(), {}, &describe_backward});
+const RegisterOp registered({"low_rank_sparse", compiled_cpu_levels(), compiled_cuda_archs(), &describe});
+const RegisterOp registered_backward({"low_rank_sparse_backward", compiled_cpu_levels(), compiled_cuda_archs(),
+                                      &describe_backward});
 
 }  // namespace
 
@@ -77,7 +81,7 @@ CpuConfig choose_cpu_config(const Problem& p) {
     config.path = CpuPath::empty;
   else if (p.dtype == Dtype::float64)
     config.path = CpuPath::library;
-  else if (cpu::path_of(p) == cpu::Path::decode)
+  else if (p.m <= cpu::kMostTokens && p.dtype != Dtype::float16)
     return decode_config(p);
   else
     config.path = split_cost(p) <= materialize_cost(p) ? CpuPath::split : CpuPath::materialize;
