@@ -7,6 +7,7 @@ from torch.nn.functional import gelu, linear, silu
 
 from lowfat import _native
 from lowfat.bench.dictionary import Dictionary, known, products
+from lowfat.bench import low_rank_sparse as sparse_rows
 from lowfat.bench.gates import Chain, chain, failed_gates, finished, product_of
 from lowfat.bench.monarch_backward import known_gradients
 from lowfat.bench.sparse24 import random_mask
@@ -200,6 +201,42 @@ def dictionary_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> lis
             *failed_gates(db[None], linear(ones, dy.T), chain(ones, dy))]
 
 
+def sparse_parts(m: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    """x, dy, v, u, values, starts, columns, bias: as many entries in every row."""
+    x, dy, v, u, bias = operands(m, dtype, device)
+    columns = sparse_rows.LowRankSparse().random_columns(N, K, torch.device(device))
+    starts = torch.arange(N + 1, dtype=torch.int32, device=device) * columns.shape[1]
+    values = torch.randn(columns.numel(), device=device).mul_(0.2).to(dtype)
+    return x, dy, v, u, values, starts, columns.flatten(), bias
+
+
+def low_rank_sparse(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Forward, and forward with h for training."""
+    x, _, v, u, *support, bias = sparse_parts(m, dtype, device)
+    args, scale = (x, v, u, *support, bias), 0.7
+    y, h = OPS.low_rank_sparse_training(*args, scale)
+    failed = failed_gates(y, sparse_rows.products(*args, scale), sparse_rows.known(*args, scale))
+    failed += failed_gates(h, linear(x, v) * scale, sparse_rows.scaled(chain(x, v.T), scale))
+    if not torch.equal(OPS.low_rank_sparse(*args, scale), y):
+        failed.append("other bits without h")
+    return failed
+
+
+def low_rank_sparse_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    x, dy, v, u, values, starts, columns, _ = sparse_parts(m, dtype, device)
+    scale, ones = 0.7, torch.ones(1, m, device=device, dtype=dtype)
+    s, h = sparse_rows.sparse(values, starts, columns, N, K), linear(x, v) * scale
+    dx, dv, du, dvalues, db = OPS.low_rank_sparse_backward(dy, x, h, v, u, values, starts, columns, 0b1001111, scale)
+    dh = linear(dy, u.T) * scale
+    return [*failed_gates(dx, linear(dh, v.T) + linear(dy, s.T),
+                          sparse_rows.both(sparse_rows.scaled(chain(dy, u, v), scale), chain(dy, s))),
+            *failed_gates(dv, linear(dh.T, x.T), sparse_rows.scaled(chain(u.T, dy.T, x), scale)),
+            *failed_gates(du, linear(dy.T, h.T), chain(dy.T, h)),
+            *kept_gates(dvalues, linear(dy.T, x.T), chain(dy.T, x),
+                        sparse_rows.sparse(torch.ones_like(values), starts, columns, N, K).bool()),
+            *failed_gates(db[None], linear(ones, dy.T), chain(ones, dy))]
+
+
 # function -> the op whose choice of a path and whose counters it shares, and the values of m
 CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_rank", (1, 16, 100, 300)),
          low_rank_group: ("low_rank_group", (5,)), low_rank_swiglu: ("low_rank_swiglu", (5,)),
@@ -207,12 +244,14 @@ CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_ran
          low_rank_backward_into: ("low_rank_backward_into", (100,)), monarch: ("monarch", (1, 16, 100)),
          monarch_backward: ("monarch_backward", (100,)), monarch_clusters: ("monarch", (1, 100)),
          sparse24: ("sparse24", (1, 16, 60, 100)), sparse24_backward: ("sparse24_backward", (100,)),
-         dictionary: ("dictionary", (1, 16)), dictionary_backward: ("dictionary_backward", (100,))}
+         dictionary: ("dictionary", (1, 16)), dictionary_backward: ("dictionary_backward", (100,)),
+         low_rank_sparse: ("low_rank_sparse", (1, 16, 100)), low_rank_sparse_backward: ("low_rank_sparse_backward", (100,))}
+ENTRIES = {"kept": N * sparse_rows.LowRankSparse().entries(K)}
 BLOCKS = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}  # 776 inputs in 4 blocks are no whole pieces
 SIZES = {monarch: BLOCKS, monarch_backward: BLOCKS,
          monarch_clusters: {"n": 768, "k": 768, "r": 2, "b_in": 16, "b_out": 32},
          sparse24: {"k": 768}, sparse24_backward: {"k": 768}, dictionary: {"kept": R // 2},
-         dictionary_backward: {"kept": R // 2}}
+         dictionary_backward: {"kept": R // 2}, **dict.fromkeys((low_rank_sparse, low_rank_sparse_backward), ENTRIES)}
 NO_KERNEL = ("library", "members")
 
 

@@ -108,6 +108,8 @@ benches() {
     --out "$work/monarch_4" || status=1
   lowfat bench sparse24 --device cuda --shapes 4096:4096:2 --rows 1,16,64,1024,4096 --out "$work/sparse24" || status=1
   lowfat bench dictionary --device cuda --shapes 4096:4096:2048 --rows 1,16 --out "$work/dictionary" || status=1
+  lowfat bench low_rank_sparse --device cuda --shapes 4096:4096:512 --rows 1,16,256,4096 --out "$work/low_rank_sparse" ||
+    status=1
   timeout 200 "$python" -c 'from lowfat.cli import main; main()' bench low_rank --device cuda --compiled \
     --shapes 4096:4096:512,768:768:192 --rows 1,64 --out "$work/compiled" || status=1
   cp "$work"/{targets,models,compiled}.png "$out" 2> /dev/null

@@ -216,8 +216,8 @@ def bench(
     device: Device = "auto", as_json: Json = False,
 ) -> None:
     """Races OP (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch, monarch_backward, sparse24,
-    dictionary) against torch's own products (pair: the best way to compose them) and the dense layer, and checks the results
-    it timed.
+    dictionary, low_rank_sparse) against torch's own products (pair: the best way to compose them) and the dense layer, and
+    checks the results it timed.
 
     Example:  lowfat bench low_rank --shapes minilm --rows 1,8
     """

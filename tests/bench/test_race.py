@@ -127,7 +127,7 @@ def test_the_command_shows_and_writes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     (["high_rank"], "op must be one of low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, monarch, "
-     "monarch_backward, sparse24, dictionary; found 'high_rank'"),
+     "monarch_backward, sparse24, dictionary, low_rank_sparse; found 'high_rank'"),
     (["sparse24", "--shapes", "64:96:5"], "rank must be between 1 and 4 for 64 -> 96; found 5"),
     (["sparse24", "--shapes", "66:96:2"], "k must be a multiple of 4 for sparse24; found 66"),
     (["low_rank", "--shapes", "llama-8c"], "neither one of llama-8b, bert-base, minilm nor sizes k:n:r"),

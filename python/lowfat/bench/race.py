@@ -9,6 +9,7 @@ from ..errors import ArgumentError
 from ..measured import header
 from . import graphs, low_rank, low_rank_backward, low_rank_group, low_rank_swiglu
 from .dictionary import Dictionary
+from .low_rank_sparse import LowRankSparse
 from .measure import measure
 from .monarch import Monarch
 from .monarch_backward import MonarchBackward
@@ -18,7 +19,7 @@ from .timing import Pool
 
 # modules as measure.py wants them, or objects that have the same; chains are for those that have measure_chain
 OPS = {raced.OP: raced for raced in (low_rank, low_rank_group, low_rank_swiglu, low_rank_backward, Monarch(),
-                                     MonarchBackward(), Sparse24(), Dictionary())}
+                                     MonarchBackward(), Sparse24(), Dictionary(), LowRankSparse())}
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_ROWS = 1 << 16
 
