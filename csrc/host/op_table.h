@@ -26,7 +26,8 @@ struct Problem {
   int64_t b_in = 1, b_out = 1;        // blocks of k and of n; r is then the rank of a block
   bool interleave = true;             // outputs of a block are b_out apart, and no run
   int64_t kept = 2, group = 4;        // of every group this many are kept; of r atoms and every row, where there
-                                       // are atoms; entries in all of an S with entries anywhere
+                                      // are atoms; entries in all of an S with entries anywhere
+  int64_t pairs = 2;                  // of subbands, each with factors of its own
 };
 
 using Described = std::vector<std::pair<std::string, std::variant<int64_t, std::string>>>;  // a configuration, printable
