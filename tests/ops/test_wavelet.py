@@ -392,6 +392,6 @@ def test_wrong_arguments_are_named(wrong, error, text, recorded):
 @pytest.mark.parametrize("wrong", [dict(dy=torch.ones(2, 5)), dict(h=torch.ones(1, 2, 3)), dict(h=torch.ones(2, 3, 3))])
 def test_backward_refuses_wrong_sizes(wrong):
     given = dict(dy=torch.ones(2, 6), h=torch.ones(2, 2, 3)) | wrong
-    with pytest.raises(ShapeError, match=next(iter(wrong))):
+    with pytest.raises((ShapeError, RuntimeError), match=f"{next(iter(wrong))}.* must be"):  # of the reference, of a kernel
         OPS.wavelet_backward(given["dy"], torch.ones(2, 10), given["h"], torch.ones(3, 10), None, torch.ones(6, 3), 15,
                              "haar", 1, "diag", 6, 1.0)

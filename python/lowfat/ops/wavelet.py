@@ -191,6 +191,8 @@ _training = define("wavelet_training(Tensor x, Tensor v, Tensor? gain, Tensor u,
 _backward = define("wavelet_backward(Tensor dy, Tensor x, Tensor? h, Tensor v, Tensor? gain, Tensor u, int needs,"
                    " str filter, int levels, str subbands, int n, float scale)"
                    " -> (Tensor dx, Tensor dv, Tensor dgain, Tensor du)", reference_backward, casts=False)
+for _op, _reference in ((_training, reference_training), (_backward, reference_backward)):  # for what kernels do not cover
+    define(str(_op._schema).removeprefix("lowfat::").replace("(", "_reference(", 1), _reference)
 _recorded = differentiable(_forward, _training, _backward, reference=reference_training, read=4, constants=5)
 
 

@@ -1,0 +1,134 @@
+// What wavelet's ops on a CPU have in common: the operands of a call, and factors with the transform folded into them.
+//
+// "Beside" is a middle [m, pairs r], as the library multiplies it; the ops have it as [pairs, m, r].
+#pragma once
+
+#include <algorithm>
+
+#include "wavelet/haar_cpu.h"
+#include "wavelet/wavelet.h"
+
+namespace wavelet {
+
+constexpr int64_t kTaskNumbers = 1 << 16;  // written by a thread, at least
+
+// Contiguous, x as rows: the same bits for every layout of the same values, on whichever path.
+struct Arguments {
+  Tensor x, v, u;
+  std::optional<Tensor> gain;
+
+  Arguments(const Call& s, const Tensor& x_any, const Tensor& v_any, const std::optional<Tensor>& gain_any,
+            const Tensor& u_any)
+      : x(torch::stable::view(as_contiguous(x_any), {s.m, s.k})), v(as_contiguous(v_any)), u(as_contiguous(u_any)) {
+    if (gain_any) gain = as_contiguous(*gain_any);
+  }
+};
+
+inline Problem problem_of(const Call& s) {
+  Problem problem;
+  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.pairs = s.pairs, problem.dtype = s.dtype;
+  return problem;
+}
+
+template <class E>
+const E* data_of(const Tensor& t) {
+  return static_cast<const E*>(t.const_data_ptr());
+}
+template <class E>
+E* into(const Tensor& t) {
+  return static_cast<E*>(t.mutable_data_ptr());
+}
+
+// Rows of so many numbers each, shared among threads: each is written by one.
+template <class Rows>
+void for_rows(int64_t rows, int64_t numbers, const Rows& task) {
+  torch::stable::parallel_for(0, rows, 1 + kTaskNumbers / (1 + numbers), task);
+}
+
+// v as it acts on features.   [pairs r, k]
+template <class E>
+Tensor fold_v(const Call& s, const Tensor& v) {
+  const Tensor folded = empty(s.kind, {s.pairs * s.r, s.k});
+  const int pairs = static_cast<int>(s.pairs);
+  for_rows(s.pairs * s.r, s.k, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const int64_t pair = row / s.r, rank = row % s.r;
+      fold_along(data_of<E>(v) + (rank * s.pairs + pair) * s.width(), source_of(pairs, static_cast<int>(pair)), s.k,
+                 kRootHalf, into<E>(folded) + row * s.k);
+    }
+  });
+  return folded;
+}
+
+// u as it makes features of the scaled result.   [n, pairs r]
+template <class E>
+Tensor fold_u(const Call& s, const Tensor& u) {
+  const Tensor folded = empty(s.kind, {s.n, s.pairs * s.r});
+  const float scale = s.scale * kRootHalf;
+  for_rows(s.n, s.pairs * s.r, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      for (int pair = 0; pair < s.pairs; ++pair) {
+        const bool is_negative = row % 2 && target_of(static_cast<int>(s.pairs), pair) == 1;
+        const E* from = data_of<E>(u) + (pair * s.height() + row / 2) * s.r;
+        E* to = into<E>(folded) + (row * s.pairs + pair) * s.r;
+        for (int64_t j = 0; j < s.r; ++j) to[j] = narrowed<E>((is_negative ? -scale : scale) * cpu::widen(from[j]));
+      }
+    }
+  });
+  return folded;
+}
+
+// rows w^T over all features, twice as many as a half has coefficients: in float as two sums, since a library that adds them
+// up as one rounds more than the reference does.   rows [m, size]   w [columns, size]
+template <class E>
+Tensor multiply_features(const Tensor& rows, const Tensor& w) {
+  if constexpr (!std::is_same_v<E, float>) return library_linear(rows, w);
+  const int64_t size = rows.size(1), first = size / 2;
+  if (first == 0) return library_linear(rows, w);
+  const auto part = [&](Tensor t, int64_t from, int64_t count) { return torch::stable::narrow(t, 1, from, count); };
+  return add(library_linear(part(rows, 0, first), part(w, 0, first)),
+             library_linear(part(rows, first, size - first), part(w, first, size - first)));
+}
+
+// [m, pairs r] -> [pairs, m, r]
+template <class E>
+Tensor apart(const Call& s, const Tensor& beside) {
+  const Tensor h = empty(s.kind, {s.pairs, s.m, s.r});
+  for (int64_t row = 0; row < s.m; ++row) {
+    for (int64_t pair = 0; pair < s.pairs; ++pair)
+      std::copy_n(data_of<E>(beside) + (row * s.pairs + pair) * s.r, s.r, into<E>(h) + (pair * s.m + row) * s.r);
+  }
+  return h;
+}
+
+// The way back.
+template <class E>
+Tensor beside(const Call& s, const Tensor& h) {
+  const Tensor all = empty(s.kind, {s.m, s.pairs * s.r});
+  for (int64_t row = 0; row < s.m; ++row) {
+    for (int64_t pair = 0; pair < s.pairs; ++pair)
+      std::copy_n(data_of<E>(h) + (pair * s.m + row) * s.r, s.r, into<E>(all) + (row * s.pairs + pair) * s.r);
+  }
+  return all;
+}
+
+// Times the gains, rounded as the reference does it.
+template <class E>
+void weigh_beside(const Call& s, const Tensor& beside, const Tensor& gain) {
+  const int64_t columns = s.pairs * s.r;
+  for (int64_t i = 0; i < s.m * columns; ++i) {
+    into<E>(beside)[i] = narrowed<E>(cpu::widen(data_of<E>(beside)[i]) * cpu::widen(data_of<E>(gain)[i % columns]));
+  }
+}
+
+template <class E>
+Tensor weigh(const Call& s, const Tensor& h, const Tensor& gain) {
+  const Tensor weighed = empty(s.kind, {s.pairs, s.m, s.r});
+  for (int64_t i = 0; i < s.pairs * s.m * s.r; ++i) {
+    const int64_t of_gain = i / (s.m * s.r) * s.r + i % s.r;
+    into<E>(weighed)[i] = narrowed<E>(cpu::widen(data_of<E>(h)[i]) * cpu::widen(data_of<E>(gain)[of_gain]));
+  }
+  return weighed;
+}
+
+}  // namespace wavelet
