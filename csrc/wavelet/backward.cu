@@ -7,8 +7,8 @@
 //
 // Neighbouring columns of b are neighbours in a lane's sums: it stores their sum, or their difference, where a coefficient's
 // gradient goes. Nothing of x or dy is rounded. One launch does both; stages, tiles and splits are those of
-// low_rank/backward.cu, and so is the launch that adds up what splits have summed. dh and dx are forward.cu's, with the factors
-// exchanged.
+// low_rank/backward.cu, and so is the launch that adds up what splits have summed. dh and dx are forward.cu's, with the
+// factors exchanged.
 //
 // Compiled for sm_80, sm_90a and as PTX, and run by tests in an emulator. It HAS NEVER RUN ON A GPU, no speed is claimed.
 #include "wavelet/haar.h"

@@ -67,12 +67,12 @@ Call check(const Options& o, const Tensor& x, const Tensor& v, const std::option
   const Kind kind = kind_of(x);
   Call s{rows_of(x), o.n, x.size(x.dim() - 1), 0, 0, kind, dtype_of(kind), static_cast<float>(o.scale)};
   const int64_t most = std::min(most_levels(s.k), most_levels(s.n));
-  STD_TORCH_CHECK(o.levels >= 1 && o.levels <= most, "wavelet: levels is ", o.levels, ", must be between 1 and ", most, " for ",
-                  s.k, " and ", s.n, " features");
+  STD_TORCH_CHECK(o.levels >= 1 && o.levels <= most, "wavelet: levels is ", o.levels, ", must be between 1 and ", most,
+                  " for ", s.k, " and ", s.n, " features");
   const int64_t columns = coefficients(o.subbands, halves_of(s.k, o.levels));
   const int64_t rows = coefficients(o.subbands, halves_of(s.n, o.levels)), pairs = pairs_of(o.subbands, o.levels);
-  STD_TORCH_CHECK(v.dim() == 2 && v.size(1) == columns, "wavelet: v must be [r, ", columns, "] for ", o.subbands, " of ", s.k,
-                  " features and ", o.levels, " levels");
+  STD_TORCH_CHECK(v.dim() == 2 && v.size(1) == columns, "wavelet: v must be [r, ", columns, "] for ", o.subbands, " of ",
+                  s.k, " features and ", o.levels, " levels");
   s.r = v.size(0);
   STD_TORCH_CHECK(u.dim() == 2 && u.size(0) == rows && u.size(1) == s.r, "wavelet: u must be [", rows, ", ", s.r, "] for ",
                   o.subbands, " of ", s.n, " features and ", o.levels, " levels, and the rank of v");

@@ -1,4 +1,4 @@
-// How wavelet's ops choose between their kernels and the reference on a GPU: pure functions of the problem, no torch in sight.
+// How wavelet's ops choose between kernels and the reference on a GPU: pure functions of the problem, no torch in sight.
 #include "host/gpu.h"
 #include "wavelet/haar.h"
 

@@ -1,5 +1,5 @@
-// A wavelet adapter on a GPU, y = scale W^T C W x with W the Haar transform of neighbours: two launches, and the transform in
-// none of its own.
+// A wavelet adapter on a GPU, y = scale W^T C W x with W the Haar transform of neighbours: two launches, and none for the
+// transform.
 //
 //   x [m, k]   v [r, pairs k / 2]   u [pairs n / 2, r]   y [m, n]      bf16 or fp16, rows 16-byte aligned, sums in float
 //
@@ -147,8 +147,8 @@ LOWFAT_DEVICE void multiply_stage(low_rank::TileSums<Sizes>& sums, const uint4* 
   }
 }
 
-// Through all stages of a split: wait for x, ask for it three stages ahead; write the factor one stage ahead, ask for it two.
-// The barrier shows everybody's part, and that nobody still reads where the next ones go.
+// Through all stages of a split: wait for x, ask for it three stages ahead; write the factor one stage ahead, ask for it
+// two. The barrier shows everybody's part, and that nobody still reads where the next ones go.
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks) middle(const __grid_constant__ MiddleParams p) {
   using Sizes = typename Config::Sizes;

@@ -1,4 +1,5 @@
-// The Haar transform of one level on a CPU: of rows and back, and folded into factors. Elements are float, or bf16 as uint16_t.
+// The Haar transform of one level on a CPU: of rows and back, and folded into factors. Elements are float, or bf16 as
+// uint16_t.
 //
 // A half has (size + 1) / 2 coefficients: the last of an odd size stands for one feature, beside a zero.
 #pragma once

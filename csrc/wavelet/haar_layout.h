@@ -125,7 +125,8 @@ LOWFAT_CONSTEXPR BackwardPlan plan_backward(int64_t m, int64_t n, int64_t k, int
   plan.dx = plan_forward(m, k, n, r, pairs, sm_count);
   plan.h = plan_forward(m, n, k, r, pairs, sm_count);
   if (plan.dx.splits == 0 || plan.h.splits == 0) return plan;
-  const int64_t tiles = (needs & kNeedsDv ? weight_tiles(pairs * r, k) : 0) + (needs & kNeedsDu ? weight_tiles(pairs * r, n) : 0);
+  const int64_t of_dv = needs & kNeedsDv ? weight_tiles(pairs * r, k) : 0;
+  const int64_t of_du = needs & kNeedsDu ? weight_tiles(pairs * r, n) : 0, tiles = of_dv + of_du;
   plan.weight_splits = low_rank::splits_for(tiles > 0 ? tiles : 1, parts_of(static_cast<int>(m), kDepth), sm_count);
   plan.partials = partials_of(plan, m, n, k, pairs * r, needs);
   return plan;

@@ -116,8 +116,8 @@ Gradients wavelet_backward_cuda(const Tensor& dy_any, const Tensor& x, const std
   Tensor dv = wanted(kNeedsDv, {s.r, s.pairs * s.width()}), du = wanted(kNeedsDu, {s.pairs * s.height(), s.r});
   const Tensor dh = wanted(kNeedsDv, {s.pairs, s.m, s.r}), partials = floats(s.kind, plan.partials);
   const BackwardOperands operands{elements(dy), elements(in.x), elements(h), elements(in.v), elements(in.u), bits(dh),
-                                  float_data(partials), bits(dx), bits(dv), bits(du), size_of(s.m), size_of(s.n), size_of(s.k),
-                                  size_of(s.r), size_of(s.pairs), s.scale, wanted_ones};
+                                  float_data(partials), bits(dx), bits(dv), bits(du), size_of(s.m), size_of(s.n),
+                                  size_of(s.k), size_of(s.r), size_of(s.pairs), s.scale, wanted_ones};
   check_launch("wavelet_backward", launch_backward(plan, operands, s.dtype, gpu.sm_count, stream), gpu.arch);
   return {std::move(dx), std::move(dv), empty(s.kind, {0}), std::move(du)};
 }

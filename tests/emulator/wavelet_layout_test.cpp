@@ -1,5 +1,5 @@
-// Who does what in the kernels of wavelet, for every size in range: pairs and their places in the factors, a thread's pieces,
-// banks, plans.
+// Who does what in the kernels of wavelet, for every size in range: pairs and their places in the factors, a thread's
+// pieces, banks, plans.
 #include "wavelet/haar.h"
 
 #include <set>
@@ -112,9 +112,11 @@ void plans_cover_what_they_may(uint64_t) {
       }
     }
   }
-  const int64_t refused[][5] = {{0, 64, 64, 8, 2}, {1, 72, 64, 8, 2}, {1, 64, 72, 8, 2}, {1, 64, 64, 4, 2}, {1, 64, 64, 12, 2},
-                                {1, 64, 64, 8, 3}, {1, 64, 64, 136, 2}, {1, 64, 64, 72, 4}, {1, 0, 64, 8, 1}, {1, 64, 0, 8, 1},
-                                {1 << 25, 64, 64, 8, 1}, {1, 1 << 25, 64, 8, 1}, {1, 64, 1 << 25, 8, 1}, {1, 64, 64, int64_t{1} << 60, 4}};
+  const int64_t far = int64_t{1} << 60;
+  const int64_t refused[][5] = {
+      {0, 64, 64, 8, 2},   {1, 72, 64, 8, 2},  {1, 64, 72, 8, 2},  {1, 64, 64, 4, 2},      {1, 64, 64, 12, 2},
+      {1, 64, 64, 8, 3},   {1, 64, 64, 136, 2}, {1, 64, 64, 72, 4}, {1, 0, 64, 8, 1},       {1, 64, 0, 8, 1},
+      {1 << 25, 64, 64, 8, 1}, {1, 1 << 25, 64, 8, 1}, {1, 64, 1 << 25, 8, 1}, {1, 64, 64, far, 4}};
   for (const auto& [m, n, k, r, pairs] : refused) {
     check::equal(plan_forward(m, n, k, r, pairs, 132).splits, 0, "refused", m);
     check::equal(plan_backward(m, n, k, r, pairs, 15, 132).weight_splits, 0, "refused", m);

@@ -115,8 +115,8 @@ void run_forward(const Shape& s, const Operands& in, int keeps, emulator::Option
   emulator::Buffer<uint16_t> x("x", in.x), v("v", in.v), u("u", keeps & 1 ? in.u : Bits());
   emulator::Buffer<uint16_t> y("y", keeps & 1 ? size_t(s.m) * s.n : 0), h("h", keeps & 2 ? middle_of(s) : 0);
   emulator::Buffer<float> partials("partials", plan.partials);
-  const ForwardOperands o{x.data(), v.data(), pointer(u), pointer(h), pointer(y), partials.data(), s.m, s.n, s.k, s.r, s.pairs,
-                          in.scale};
+  const ForwardOperands o{x.data(), v.data(), pointer(u), pointer(h), pointer(y), partials.data(), s.m, s.n, s.k, s.r,
+                          s.pairs, in.scale};
   check::that(launch_forward(plan, o, dtype_of<T>(), nullptr) == nullptr, "the launch");
   emulator::synchronize(options);
   out.y = found<T>(y), out.h = found<T>(h);
@@ -255,7 +255,8 @@ void check_near(const Shape& s, const Operands& in, Results& found, size_t shape
     check::equal(values->size(), sums.size(), words.c_str());
     for (size_t i = 0; i < sums.size(); ++i) {
       const double due = factors[which] * sums[i];
-      const double bound = roundoff * std::fabs(due) + least + factors[which] * in_float * std::sqrt(2 * terms[which]) * sizes[i];
+      const double of_sum = factors[which] * in_float * std::sqrt(2 * terms[which]) * sizes[i];
+      const double bound = roundoff * std::fabs(due) + least + of_sum;
       if (!(std::fabs((*values)[i] - due) <= bound)) check::equal((*values)[i], due, words.c_str(), i);
     }
   }
@@ -376,7 +377,9 @@ void as_planned_for_a_gpu(uint64_t seed) {
   const Shape s{520, 528, 1040, 16, 2, plan.splits, plan.parts, back.dx.splits, back.weight_splits};
   const Operands in = operands<device::Bf16>(s, false);
   Results all = run<device::Bf16>(s, in, {seed}), few = run<device::Bf16>(s, in, {seed, 3});
-  for (size_t which = 0; which < 6; ++which) check::that(*all.all()[which].second == *few.all()[which].second, "the same bits");
+  for (size_t which = 0; which < 6; ++which) {
+    check::that(*all.all()[which].second == *few.all()[which].second, "the same bits");
+  }
 }
 
 void an_empty_plan_is_refused(uint64_t) {

@@ -29,7 +29,8 @@ PAIRS = {"LL": 1, "diag": 2, "all": 4}
 DTYPES = (torch.float32, torch.bfloat16)
 # m, k, n, rank: few rows and many, odd sizes, one of everything, ranks that no vector divides
 SHAPES = {"one row": (1, 768, 384, 8), "few rows": (7, 301, 130, 5), "as many as fit": (8, 64, 256, 16), "one": (1, 1, 1, 1),
-          "many": (64, 256, 192, 8), "odd": (65, 301, 131, 7), "two features": (9, 2, 3, 1), "long": (33, 1025, 2051, 8)}
+          "many": (64, 256, 192, 8), "odd": (65, 301, 131, 7), "two features": (9, 2, 3, 1), "long": (33, 1025, 2051, 8),
+          "large": (128, 1024, 768, 32)}  # so large that the norms of all errors are compared
 
 
 def paths(op: str = "wavelet") -> dict[str, int]:
@@ -57,7 +58,8 @@ def path_of(m, subbands, r):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("filter, levels, subbands", [
-    ("haar", 1, "LL"), ("haar", 1, "diag"), ("haar", 1, "all"), ("haar", 1, "shared+gain"), ("haar", 2, "diag"), ("db2", 1, "diag")])
+    ("haar", 1, "LL"), ("haar", 1, "diag"), ("haar", 1, "all"), ("haar", 1, "shared+gain"), ("haar", 2, "diag"),
+    ("db2", 1, "diag")])
 @pytest.mark.parametrize("m", [1, 8, 9, 40])
 def test_the_path_is_recorded(m, filter, levels, subbands, dtype):
     """T-dispatch-record: a silent fallback fails here."""
@@ -69,15 +71,17 @@ def test_the_path_is_recorded(m, filter, levels, subbands, dtype):
     assert taken(lambda: OPS.wavelet_training(x, v, gain, u, *options)) == [due]
     assert taken(lambda: wavelet(x, v, u, gain, out_features=30, filter=filter, levels=levels, subbands=subbands)) == [due]
     folds = is_covered and m * 4 >= PAIRS[subbands] * 8
-    back = taken(lambda: OPS.wavelet_backward(torch.ones(m, 30).to(dtype), x, None, v, gain, u, 15, *options), "wavelet_backward")
+    dy = torch.ones(m, 30).to(dtype)
+    back = taken(lambda: OPS.wavelet_backward(dy, x, None, v, gain, u, 15, *options), "wavelet_backward")
     assert back == ["folded" if folds else "reference"]
 
 
 @pytest.mark.parametrize("m, changes, path, back", [
     (0, {}, "empty", "empty"), (1, {}, "decode", "reference"), (4, {}, "decode", "folded"), (8, {}, "decode", "folded"),
     (9, {}, "folded", "folded"), (16, {"pairs": 1}, "decode", "folded"), (17, {"pairs": 1}, "folded", "folded"),
-    (3, {"pairs": 4}, "reference", "reference"), (8, {"pairs": 4}, "folded", "folded"), (31, {"r": 64}, "reference", "reference"),
-    (32, {"r": 64}, "folded", "folded"), (4096, {"r": 256}, "folded", "folded"), (4096, {"r": 257}, "reference", "reference"),
+    (3, {"pairs": 4}, "reference", "reference"), (8, {"pairs": 4}, "folded", "folded"),
+    (31, {"r": 64}, "reference", "reference"), (32, {"r": 64}, "folded", "folded"), (4096, {"r": 256}, "folded", "folded"),
+    (4096, {"r": 257}, "reference", "reference"),
     (4096, {"dtype": "float16"}, "reference", "reference"), (1, {"dtype": "float64"}, "reference", "reference"),
     (4096, {"pairs": 0}, "reference", "reference"), (4096, {"pairs": 3}, "reference", "reference")])
 def test_the_plan_is_told(m, changes, path, back):
@@ -108,7 +112,7 @@ def test_forward_within_the_gates(shape, subbands, gains, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gains", [False, True], ids=["plain", "gains"])
 @pytest.mark.parametrize("subbands", KINDS)
-@pytest.mark.parametrize("shape", ["many", "odd", "long"])
+@pytest.mark.parametrize("shape", ["many", "odd", "long", "large"])
 def test_gradients_within_the_gates(shape, subbands, gains, dtype):
     m, k, n, r = SHAPES[shape]
     x, v, gain, u = operands(SHAPES[shape], subbands, dtype, gains)
@@ -198,14 +202,15 @@ def test_no_rows_are_no_work():
     (dict(subbands="HH"), "subbands is 'HH', must be one of all, diag, LL, shared"), (dict(n=-1), "n is -1"),
     (dict(levels=0), "levels is 0, must be between 1 and 3 for 10 and 6 features"), (dict(levels=4), "levels is 4"),
     (dict(v=torch.ones(3, 9)), r"v must be \[r, 10\] for diag of 10 features and 1 levels"),
-    (dict(u=torch.ones(6, 4)), r"u must be \[6, 3\] for diag of 6 features"), (dict(u=torch.ones(5, 3)), r"u must be \[6, 3\]"),
+    (dict(u=torch.ones(6, 4)), r"u must be \[6, 3\] for diag of 6 features"),
+    (dict(u=torch.ones(5, 3)), r"u must be \[6, 3\]"),
     (dict(gain=torch.ones(1, 3)), r"gain must be \[2, 3\], a row for each pair of diag"),
     (dict(subbands="shared+gain", v=torch.ones(3, 5), u=torch.ones(3, 3)), r"gain is missing, must be \[4, 3\]"),
     (dict(u=torch.ones(6, 3).double()), "must have one dtype"), (dict(x=torch.tensor(1.0)), "x has no dimensions"),
     (dict(x=torch.ones(2, 10).int(), v=torch.ones(3, 10).int(), u=torch.ones(6, 3).int()), "x must be float64")])
 def test_mistakes_are_named_by_the_op_too(wrong, text):
-    given = dict(x=torch.ones(2, 10), v=torch.ones(3, 10), gain=None, u=torch.ones(6, 3), levels=1, subbands="diag", n=6) | wrong
-    x, v, gain, u, levels, subbands, n = given.values()
+    given = dict(x=torch.ones(2, 10), v=torch.ones(3, 10), gain=None, u=torch.ones(6, 3), levels=1, subbands="diag", n=6)
+    x, v, gain, u, levels, subbands, n = (given | wrong).values()
     with pytest.raises(RuntimeError, match=text):
         OPS.wavelet(x, v, gain, u, "haar", levels, subbands, n, 1.0)
 

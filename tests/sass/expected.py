@@ -84,8 +84,8 @@ SPARSE24 = dict(tensor_core=r"HMMA\.SP\.16832\.F32", fences=1, narrow_loads=True
 # large one has one, and its sums 128 registers. Two products of each slab. The narrow loads are the bias, at any address.
 PREFILL24 = dict(tensor_core=r"HMMA\.SP\.16832\.F32", narrow_loads=True)
 # wavelet/*.cu. In front of the first barrier the middle asks for three stages of x, two pieces each, and for two of the
-# factor, which lie in registers until they are written; sums over splits, in outputs, have four loads of each half of a piece on
-# their way; weights ask for three stages of both operands. Two blocks share a multiprocessor.
+# factor, which lie in registers until they are written; sums over splits, in outputs, have four loads of each half of a
+# piece on their way; weights ask for three stages of both operands. Two blocks share a multiprocessor.
 WAVELET = dict(tensor_core=r"HMMA\.16816\.F32")
 KERNELS = [
     Expected("low_rank/decode.cu", r"low_rank::decode<", registers=255, weight_loads=80, before_barrier=48,
@@ -158,10 +158,10 @@ KERNELS = [
     Expected("sparse24/prefill.cu", r"sparse24::prefill<.*256>", registers=255, copies_before_barrier=30, **PREFILL24),
     Expected("sparse24/prefill.cu", r"sparse24::prefill<.*128>", registers=128, copies_before_barrier=14, **PREFILL24),
     Expected("sparse24/prefill.cu", r"sparse24::prefill<.*64>", registers=128, copies_before_barrier=21, **PREFILL24),
-    Expected("wavelet/forward.cu", r"wavelet::middle<", registers=80, copies_before_barrier=6, weight_loads=3, before_barrier=2,
-             **WAVELET),
-    Expected("wavelet/forward.cu", r"wavelet::outputs<", registers=96, copies_before_barrier=1, weight_loads=8, before_barrier=8,
-             **WAVELET),
+    Expected("wavelet/forward.cu", r"wavelet::middle<", registers=80, copies_before_barrier=6, weight_loads=3,
+             before_barrier=2, **WAVELET),
+    Expected("wavelet/forward.cu", r"wavelet::outputs<", registers=96, copies_before_barrier=1, weight_loads=8,
+             before_barrier=8, **WAVELET),
     Expected("wavelet/backward.cu", r"wavelet::weights<", registers=72, copies_before_barrier=12, **WAVELET),
 ]
 

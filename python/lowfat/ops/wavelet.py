@@ -16,7 +16,8 @@ A pair p goes from one half to another of its level, `HL` from low to high. In t
 
 columns and rows of the pairs lie side by side in v and u in that order, those of shared pairs once (see layout). So `diag`
 has as many columns as x has coefficients, in the order of dwt. Transforms add in fp32, fp64 in fp64: a kernel may have
-them in its loads and stores (of haar two adds and a product), and round where the reference does or less often."""
+them in its loads and stores (of haar two adds and a product) or fold them into the factors, and round no more often than the
+reference does."""
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
