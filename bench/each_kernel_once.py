@@ -13,7 +13,11 @@ from lowfat.bench.monarch_backward import known_gradients
 from lowfat.bench.sparse24 import random_mask
 from lowfat.ops.bitmap import expand, unpack
 from lowfat.ops.dictionary import coefficients
+from lowfat.ops.dwt import analyze
 from lowfat.ops.monarch import join_outputs, reference, reference_backward, reference_training
+from lowfat.ops.wavelet import layout
+from lowfat.ops.wavelet import reference_backward as wavelet_reference_backward
+from lowfat.ops.wavelet import reference_training as wavelet_reference_training
 
 OPS = torch.ops.lowfat
 K, N, R = 776, 520, 72  # ragged against tiles of 16 and 64 rows and steps of 32 and 64
@@ -237,6 +241,61 @@ def low_rank_sparse_backward(m: int, dtype: torch.dtype, device: str = "cuda") -
             *failed_gates(db[None], linear(ones, dy.T), chain(ones, dy))]
 
 
+SUBBANDS = ("LL", "diag", "all")
+
+
+def transformed(m: int, subbands: str, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    """x, dy, v, u"""
+    k, n, r = (SIZES[wavelet][size] for size in ("k", "n", "r"))
+    last = layout(subbands, 1, k, n)[-1]
+    x, dy = (torch.randn(m, size, device=device).to(dtype) for size in (k, n))
+    shapes = (r, last.columns.stop), (last.rows.stop, r)
+    v, u = (torch.randn(shape, device=device).mul_(0.05).to(dtype) for shape in shapes)
+    return x, dy, v, u
+
+
+def on_features(x: torch.Tensor, v: torch.Tensor, dy: torch.Tensor, u: torch.Tensor, subbands: str):
+    """Of each pair: its halves of x and dy, and its factors as matrices of features [k, r], [r, n], in fp64."""
+    for pair in layout(subbands, 1, x.shape[1], dy.shape[1]):
+        into, out = (analyze(torch.eye(t.shape[1], device=t.device, dtype=torch.float64), "haar", 1)[0][end[1]]
+                     for t, end in ((x, pair.source), (dy, pair.target)))
+        yield into, out, into @ v[:, pair.columns].double().T, (out @ u[pair.rows].double()).T
+
+
+def wavelet(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Every kind of pairs; forward, and forward with h for training."""
+    failed = []
+    for subbands in SUBBANDS:
+        x, dy, v, u = transformed(m, subbands, dtype, device)
+        args = x, v, None, u, "haar", 1, subbands, dy.shape[1], 0.75
+        (y, h), (plain, middle) = OPS.wavelet_training(*args), wavelet_reference_training(*args)
+        _, _, firsts, seconds = zip(*on_features(x, v, dy, u, subbands))
+        failed += failed_gates(y, plain, chain(x, torch.cat(firsts, 1), 0.75 * torch.cat(seconds)))
+        for mine, theirs, first in zip(h, middle, firsts):
+            failed += failed_gates(mine, theirs, chain(x, first))
+        if not torch.equal(OPS.wavelet(*args), y):
+            failed.append("other bits without h")
+    return failed
+
+
+def wavelet_backward(m: int, dtype: torch.dtype, device: str = "cuda") -> list[str]:
+    """Every kind of pairs, the middle kept."""
+    failed = []
+    for subbands in SUBBANDS:
+        x, dy, v, u = transformed(m, subbands, dtype, device)
+        options = "haar", 1, subbands, dy.shape[1], 0.75
+        h = wavelet_reference_training(x, v, None, u, *options)[1]
+        args = dy, x, h, v, None, u, 11, *options
+        (dx, dv, _, du), (plain_dx, plain_dv, _, plain_du) = OPS.wavelet_backward(*args), wavelet_reference_backward(*args)
+        parts = list(on_features(x, v, dy, u, subbands))
+        _, _, firsts, seconds = zip(*parts)
+        failed += failed_gates(dx, plain_dx, chain(dy, 0.75 * torch.cat(seconds).T, torch.cat(firsts, 1).T))
+        for i, (pair, (into, out, _, second)) in enumerate(zip(layout(subbands, 1, x.shape[1], dy.shape[1]), parts)):
+            failed += failed_gates(dv[:, pair.columns], plain_dv[:, pair.columns], chain(0.75 * second, dy.T, x, into))
+            failed += failed_gates(du[pair.rows], plain_du[pair.rows], chain(0.75 * out.T, dy.T, h[i]))
+    return failed
+
+
 # function -> the op whose choice of a path and whose counters it shares, and the values of m
 CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_rank", (1, 16, 100, 300)),
          low_rank_group: ("low_rank_group", (5,)), low_rank_swiglu: ("low_rank_swiglu", (5,)),
@@ -245,14 +304,16 @@ CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_ran
          monarch_backward: ("monarch_backward", (100,)), monarch_clusters: ("monarch", (1, 100)),
          sparse24: ("sparse24", (1, 16, 60, 100)), sparse24_backward: ("sparse24_backward", (100,)),
          dictionary: ("dictionary", (1, 16)), dictionary_backward: ("dictionary_backward", (100,)),
-         low_rank_sparse: ("low_rank_sparse", (1, 16, 100)), low_rank_sparse_backward: ("low_rank_sparse_backward", (100,))}
+         low_rank_sparse: ("low_rank_sparse", (1, 16, 100)), low_rank_sparse_backward: ("low_rank_sparse_backward", (100,)),
+         wavelet: ("wavelet", (1, 100)), wavelet_backward: ("wavelet_backward", (100,))}
 ENTRIES = {"kept": N * sparse_rows.LowRankSparse().entries(K)}
 BLOCKS = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}  # 776 inputs in 4 blocks are no whole pieces
 SIZES = {monarch: BLOCKS, monarch_backward: BLOCKS,
          monarch_clusters: {"n": 768, "k": 768, "r": 2, "b_in": 16, "b_out": 32},
          sparse24: {"k": 768}, sparse24_backward: {"k": 768}, dictionary: {"kept": R // 2},
-         dictionary_backward: {"kept": R // 2}, **dict.fromkeys((low_rank_sparse, low_rank_sparse_backward), ENTRIES)}
-NO_KERNEL = ("library", "members")
+         dictionary_backward: {"kept": R // 2}, low_rank_sparse: ENTRIES, low_rank_sparse_backward: ENTRIES, wavelet: BLOCKS,
+         wavelet_backward: BLOCKS}
+NO_KERNEL = ("library", "members", "reference")
 
 
 def path_here(op: str, m: int, dtype: torch.dtype, sizes: dict[str, int]) -> str:
