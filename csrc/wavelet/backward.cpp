@@ -1,8 +1,8 @@
 // Host side of the gradients of wavelet on a CPU: choice of path, calls, registration.
 //   dy [..., n]   x [..., k]   h [pairs, m, r]   v [r, pairs width]   gain [pairs, r]   u [pairs height, r]
 //
-// By the library's products with factors that have the transform folded into them. Those of bf16 round what they find: the
-// difference of neighbouring gradients would be of rounded numbers, so that their halves of x and dy are made instead.
+// By the library's products, with factors that have the transform folded into them or of halves of x and dy, as forward.
+// The factors' own gradients in bf16 always of halves: products of whole rows would be rounded before their differences.
 #include <algorithm>
 #include <tuple>
 
@@ -13,7 +13,8 @@
 namespace wavelet {
 namespace {
 
-CallCounter folded_calls("wavelet_backward", "cpu", "folded"), reference_calls("wavelet_backward", "cpu", "reference");
+CallCounter folded_calls("wavelet_backward", "cpu", "folded"), halves_calls("wavelet_backward", "cpu", "halves"),
+    reference_calls("wavelet_backward", "cpu", "reference");
 
 Tensor across(const Tensor& rows) { return torch::stable::transpose(rows, 0, 1); }
 
@@ -45,50 +46,26 @@ void weigh_in_float(const Call& s, const Tensor* dh, const Tensor& x, const Tens
   });
 }
 
-// Both halves of rows, each rounded once.   [2, m, (size + 1) / 2]
-Tensor halves_of(const Call& s, const Tensor& rows, int64_t size, float scale) {
-  const int64_t width = (size + 1) / 2;
-  const Tensor halves = empty(s.kind, {2, s.m, width});
-  for_rows(s.m, size, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      auto* low = into<uint16_t>(halves) + row * width;
-      split_row(data_of<uint16_t>(rows) + row * size, size, scale, low, low + s.m * width);
-    }
-  });
-  return halves;
+Tensor columns_beside(const Call& s, Tensor beside, int64_t pair) {
+  return torch::stable::narrow(beside, 1, pair * s.r, s.r);
 }
 
-Tensor half_of(const Call& s, const Tensor& halves, int half) {
-  Tensor all = halves;
-  return torch::stable::view(torch::stable::narrow(all, 0, half, 1), {s.m, halves.size(2)});
-}
-
-Tensor columns_of(const Call& s, const Tensor& beside, int pair) {
-  Tensor all = beside;
-  return torch::stable::narrow(all, 1, pair * s.r, s.r);
-}
-
-// The same in bf16, of halves.
-void weigh_halves(const Call& s, const Tensor* dh, const Tensor& x, const Tensor* h, const Tensor& dy, const Tensor& dv,
+// The same by halves b of x and c of dy.
+template <class E>
+void weigh_halves(const Call& s, const Tensor* dh, const Tensor& b, const Tensor* h, const Tensor& c, const Tensor& dv,
                   const Tensor& du) {
   const int pairs = static_cast<int>(s.pairs);
-  if (dh) {
-    const Tensor b = halves_of(s, x, s.k, kRootHalf);
-    for (int pair = 0; pair < pairs; ++pair) {
-      const Tensor found = as_contiguous(
-          torch::stable::matmul(across(columns_of(s, *dh, pair)), half_of(s, b, source_of(pairs, pair))));  // [r, width]
-      for (int64_t rank = 0; rank < s.r; ++rank) {
-        std::copy_n(data_of<uint16_t>(found) + rank * s.width(), s.width(),
-                    into<uint16_t>(dv) + (rank * pairs + pair) * s.width());
-      }
+  for (int pair = 0; pair < pairs && dh; ++pair) {
+    const Tensor half = one_of(b, source_of(pairs, pair));
+    const Tensor found = as_contiguous(torch::stable::matmul(across(columns_beside(s, *dh, pair)), half));  // [r, width]
+    for (int64_t rank = 0; rank < s.r; ++rank) {
+      std::copy_n(data_of<E>(found) + rank * s.width(), s.width(), into<E>(dv) + (rank * pairs + pair) * s.width());
     }
   }
-  if (!h) return;
-  const Tensor c = halves_of(s, dy, s.n, s.scale * kRootHalf);
-  for (int pair = 0; pair < pairs; ++pair) {
-    const Tensor found = as_contiguous(
-        torch::stable::matmul(across(half_of(s, c, target_of(pairs, pair))), columns_of(s, *h, pair)));  // [height, r]
-    std::copy_n(data_of<uint16_t>(found), s.height() * s.r, into<uint16_t>(du) + pair * s.height() * s.r);
+  for (int pair = 0; pair < pairs && h; ++pair) {
+    const Tensor half = one_of(c, target_of(pairs, pair));
+    const Tensor found = as_contiguous(torch::stable::matmul(across(half), columns_beside(s, *h, pair)));  // [height, r]
+    std::copy_n(data_of<E>(found), s.height() * s.r, into<E>(du) + pair * s.height() * s.r);
   }
 }
 
@@ -106,27 +83,66 @@ void sum_gains(const Call& s, const Tensor& weighed, const Tensor& h, const Tens
 }
 
 template <class E>
-Gradients folded(const Call& s, const Arguments& in, const Tensor& dy, const std::optional<Tensor>& kept_h,
-                 const Tensor& x_any, int64_t needs) {
-  const auto wanted = [&](int need, const Dimensions& sizes) { return empty(s.kind, needs & need ? sizes : Dimensions{0}); };
-  Tensor dx = empty(s.kind, {0}), dv = wanted(kNeedsDv, {s.r, s.pairs * s.width()});
-  Tensor dgain = wanted(in.gain ? kNeedsDgain : 0, {s.pairs, s.r}), du = wanted(kNeedsDu, {s.pairs * s.height(), s.r});
-  std::optional<Tensor> v, h, dh;
-  const auto v_folded = [&] { return v ? *v : *(v = fold_v<E>(s, in.v)); };
-  if (needs & (kNeedsDgain | kNeedsDu)) {
-    h = kept_h ? beside<E>(s, as_contiguous(*kept_h)) : multiply_features<E>(in.x, v_folded());
+struct Backward {
+  const Call& s;
+  const Arguments& in;
+  const Tensor& dy;
+  bool folds;  // else by halves, each pair from a half to the same of the outputs
+  std::optional<Tensor> v, b, c;
+
+  // Made where they are needed first.
+  const Tensor& folded_v() { return v ? *v : *(v = fold_v<E>(s, in.v)); }
+  const Tensor& halves_of_x() { return b ? *b : *(b = halves_of<E>(s, in.x, s.k, kRootHalf)); }
+  const Tensor& halves_of_dy() { return c ? *c : *(c = halves_of<E>(s, dy, s.n, s.scale * kRootHalf)); }
+
+  // h and dh without gains, [m, pairs r].
+  Tensor middle() {
+    if (folds) return multiply_features<E>(in.x, folded_v());
+    const Tensor h = empty(s.kind, {s.m, s.pairs * s.r});
+    for (int64_t pair = 0; pair < s.pairs; ++pair)
+      put_beside<E>(s, library_linear(one_of(halves_of_x(), pair), columns_of(s, in.v, pair)), pair, h);
+    return h;
   }
-  if (needs & (kNeedsDx | kNeedsDv | kNeedsDgain)) {
-    dh = multiply_features<E>(dy, across(fold_u<E>(s, in.u)));
-    if (in.gain && needs & kNeedsDgain) sum_gains<E>(s, *dh, *h, dgain);
-    if (in.gain) weigh_beside<E>(s, *dh, *in.gain);
+  Tensor middle_gradient() {
+    if (folds) return as_contiguous(multiply_features<E>(dy, across(fold_u<E>(s, in.u))));
+    const Tensor dh = empty(s.kind, {s.m, s.pairs * s.r});
+    for (int64_t pair = 0; pair < s.pairs; ++pair) {
+      const Tensor found = torch::stable::matmul(one_of(halves_of_dy(), pair), rows_of_pair(s, in.u, pair));
+      put_beside<E>(s, as_contiguous(found), pair, dh);
+    }
+    return dh;
   }
-  if (needs & kNeedsDx) dx = shaped_like(torch::stable::matmul(*dh, v_folded()), x_any);
-  if (in.gain && needs & kNeedsDu) weigh_beside<E>(s, *h, *in.gain);
-  const auto weights = std::is_same_v<E, float> ? weigh_in_float : weigh_halves;
-  weights(s, needs & kNeedsDv ? &*dh : nullptr, in.x, needs & kNeedsDu ? &*h : nullptr, dy, dv, du);
-  return {std::move(dx), std::move(dv), std::move(dgain), std::move(du)};
-}
+
+  Tensor inputs(const Tensor& dh) {
+    if (folds) return torch::stable::matmul(dh, folded_v());
+    std::vector<Tensor> db;
+    for (int64_t pair = 0; pair < s.pairs; ++pair)
+      db.push_back(as_contiguous(torch::stable::matmul(columns_beside(s, dh, pair), columns_of(s, in.v, pair))));
+    return joined<E>(s, db[0], s.pairs == 2 ? &db[1] : nullptr, s.k, kRootHalf);
+  }
+
+  void weights(const Tensor* dh, const Tensor* h, const Tensor& dv, const Tensor& du) {
+    if (std::is_same_v<E, float> && folds) return weigh_in_float(s, dh, in.x, h, dy, dv, du);
+    weigh_halves<E>(s, dh, dh ? halves_of_x() : dy, h, h ? halves_of_dy() : dy, dv, du);
+  }
+
+  Gradients all(const std::optional<Tensor>& kept_h, const Tensor& x_any, int64_t needs) {
+    const auto wanted = [&](int need, const Dimensions& sizes) { return empty(s.kind, needs & need ? sizes : Dimensions{0}); };
+    Tensor dx = empty(s.kind, {0}), dv = wanted(kNeedsDv, {s.r, s.pairs * s.width()});
+    Tensor dgain = wanted(in.gain ? kNeedsDgain : 0, {s.pairs, s.r}), du = wanted(kNeedsDu, {s.pairs * s.height(), s.r});
+    std::optional<Tensor> h, dh;
+    if (needs & kNeedsDu || (in.gain && needs & kNeedsDgain)) h = kept_h ? beside<E>(s, as_contiguous(*kept_h)) : middle();
+    if (needs & (kNeedsDx | kNeedsDv) || (in.gain && needs & kNeedsDgain)) {
+      dh = middle_gradient();
+      if (in.gain && needs & kNeedsDgain) sum_gains<E>(s, *dh, *h, dgain);
+      if (in.gain) weigh_beside<E>(s, *dh, *in.gain);
+    }
+    if (needs & kNeedsDx) dx = shaped_like(inputs(*dh), x_any);
+    if (in.gain && needs & kNeedsDu) weigh_beside<E>(s, *h, *in.gain);
+    weights(needs & kNeedsDv ? &*dh : nullptr, needs & kNeedsDu ? &*h : nullptr, dv, du);
+    return {std::move(dx), std::move(dv), std::move(dgain), std::move(du)};
+  }
+};
 
 Gradients wavelet_backward_cpu(const Tensor& dy_any, const Tensor& x, const std::optional<Tensor>& h, const Tensor& v,
                                const std::optional<Tensor>& gain, const Tensor& u, int64_t needs, const std::string& filter,
@@ -134,14 +150,16 @@ Gradients wavelet_backward_cpu(const Tensor& dy_any, const Tensor& x, const std:
   const Options options{filter, levels, subbands, n, scale};
   const Call s = check(options, dy_any, x, h, v, gain, u);
   const CpuPath path = choose_cpu_backward_path(problem_of(s));
-  if (path != CpuPath::folded) {
+  if (path != CpuPath::folded && path != CpuPath::halves) {
     if (path == CpuPath::reference) reference_calls.count();
     return backward_by_reference(options, dy_any, x, h, v, gain, u, needs);
   }
-  folded_calls.count();
+  const bool folds = path == CpuPath::folded;
+  (folds ? folded_calls : halves_calls).count();
   const Arguments in(s, x, v, gain, u);
   const Tensor dy = torch::stable::view(as_contiguous(dy_any), {s.m, s.n});
-  return s.dtype == Dtype::float32 ? folded<float>(s, in, dy, h, x, needs) : folded<uint16_t>(s, in, dy, h, x, needs);
+  if (s.dtype == Dtype::float32) return Backward<float>{s, in, dy, folds, {}, {}, {}}.all(h, x, needs);
+  return Backward<uint16_t>{s, in, dy, folds, {}, {}, {}}.all(h, x, needs);
 }
 
 }  // namespace

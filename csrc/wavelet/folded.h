@@ -1,4 +1,4 @@
-// What wavelet's ops on a CPU have in common: the operands of a call, and factors with the transform folded into them.
+// What wavelet's ops on a CPU have in common: the operands of a call, factors with the transform folded into them, halves.
 //
 // "Beside" is a middle [m, pairs r], as the library multiplies it; the ops have it as [pairs, m, r].
 #pragma once
@@ -88,6 +88,52 @@ Tensor multiply_features(const Tensor& rows, const Tensor& w) {
   const auto part = [&](Tensor t, int64_t from, int64_t count) { return torch::stable::narrow(t, 1, from, count); };
   return add(library_linear(part(rows, 0, first), part(w, 0, first)),
              library_linear(part(rows, first, size - first), part(w, first, size - first)));
+}
+
+// Halves of rows, each rounded once: both, or the low one where that is all there is.   [1 or 2, m, (size + 1) / 2]
+template <class E>
+Tensor halves_of(const Call& s, const Tensor& rows, int64_t size, float scale) {
+  const int64_t width = (size + 1) / 2, count = std::min<int64_t>(s.pairs, 2);
+  const Tensor halves = empty(s.kind, {count, s.m, width});
+  for_rows(s.m, size, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      E* low = into<E>(halves) + row * width;
+      split_row(data_of<E>(rows) + row * size, size, scale, low, count == 2 ? low + s.m * width : nullptr);
+    }
+  });
+  return halves;
+}
+
+// The way back; high null: of zeros.   [m, size]
+template <class E>
+Tensor joined(const Call& s, const Tensor& low, const Tensor* high, int64_t size, float scale) {
+  const Tensor rows = empty(s.kind, {s.m, size});
+  const int64_t width = (size + 1) / 2;
+  for_rows(s.m, size, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      join_row(data_of<E>(low) + row * width, high ? data_of<E>(*high) + row * width : nullptr, size, scale,
+               into<E>(rows) + row * size);
+    }
+  });
+  return rows;
+}
+
+// Views: of halves or of a middle [.., m, .] one, of v's columns and of u's rows those of a pair.
+inline Tensor one_of(Tensor all, int64_t which) {
+  return torch::stable::view(torch::stable::narrow(all, 0, which, 1), {all.size(1), all.size(2)});
+}
+inline Tensor columns_of(const Call& s, Tensor v, int64_t pair) {
+  return torch::stable::narrow(v, 1, pair * s.width(), s.width());
+}
+inline Tensor rows_of_pair(const Call& s, Tensor u, int64_t pair) {
+  return torch::stable::narrow(u, 0, pair * s.height(), s.height());
+}
+
+// A pair's middle [m, r] to its place beside the others.
+template <class E>
+void put_beside(const Call& s, const Tensor& middle, int64_t pair, const Tensor& all) {
+  for (int64_t row = 0; row < s.m; ++row)
+    std::copy_n(data_of<E>(middle) + row * s.r, s.r, into<E>(all) + (row * s.pairs + pair) * s.r);
 }
 
 // [m, pairs r] -> [pairs, m, r]

@@ -1,9 +1,10 @@
 // Host side of wavelet on a CPU: choice of path, calls, registration. (Gradients: backward.cpp. A GPU's: wavelet_cuda.cpp.)
 //   x [..., k]   v [r, pairs width]   gain [pairs, r]   u [pairs height, r]   h [pairs, m, r]   y [..., n]
 //
-// Haar with one level takes one of two ways. Few rows are transformed as they are, in no time, and the decode kernels read
-// the factors once. Of many rows a pass over x and y would take longer than the products: the transform is folded into the
-// factors, and the library multiplies by these.
+// Haar with one level takes one of three ways. Few rows are transformed as they are, in no time, and decode kernels read the
+// factors once. Of many rows, with a small rank, a pass over x and y would take longer than the products: the transform
+// is folded into the factors, and the library multiplies by these. That is twice the arithmetic: with a larger rank it
+// multiplies halves of x, and y is joined from its own.
 #include <algorithm>
 #include <tuple>
 
@@ -17,7 +18,7 @@ namespace wavelet {
 namespace {
 
 CallCounter decode_calls("wavelet", "cpu", "decode"), folded_calls("wavelet", "cpu", "folded"),
-    reference_calls("wavelet", "cpu", "reference");
+    halves_calls("wavelet", "cpu", "halves"), reference_calls("wavelet", "cpu", "reference");
 
 struct Result {
   Tensor y, h;  // h empty where it was not asked for
@@ -84,13 +85,28 @@ Result folded(const Call& s, const Arguments& in, bool keep_h) {
   return result;
 }
 
+// Each pair goes from a half to the same of the outputs.
+template <class E>
+Result by_halves(const Call& s, const Arguments& in) {
+  const Tensor b = halves_of<E>(s, in.x, s.k, kRootHalf), h = empty(s.kind, {s.pairs, s.m, s.r});
+  for (int64_t pair = 0; pair < s.pairs; ++pair) {
+    const Tensor middle = library_linear(one_of(b, pair), columns_of(s, in.v, pair));
+    std::copy_n(data_of<E>(middle), s.m * s.r, into<E>(h) + pair * s.m * s.r);
+  }
+  const Tensor weighed = in.gain ? weigh<E>(s, h, *in.gain) : h;
+  std::vector<Tensor> c;
+  for (int64_t pair = 0; pair < s.pairs; ++pair)
+    c.push_back(library_linear(one_of(weighed, pair), rows_of_pair(s, in.u, pair)));
+  return {joined<E>(s, c[0], s.pairs == 2 ? &c[1] : nullptr, s.n, s.scale * kRootHalf), h};
+}
+
 // --- the op ---
 
 template <class E>
 Result computed(const Call& s, CpuPath path, const Arguments& in, const Tensor& x, bool keep_h) {
-  if (path == CpuPath::folded) {
-    folded_calls.count();
-    Result result = folded<E>(s, in, keep_h);
+  if (path == CpuPath::folded || path == CpuPath::halves) {
+    (path == CpuPath::folded ? folded_calls : halves_calls).count();
+    Result result = path == CpuPath::folded ? folded<E>(s, in, keep_h) : by_halves<E>(s, in);
     result.y = shaped_like(result.y, x);
     return result;
   }

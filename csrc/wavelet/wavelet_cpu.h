@@ -7,7 +7,7 @@
 
 namespace wavelet {
 
-enum class CpuPath { empty, decode, folded, reference };
+enum class CpuPath { empty, decode, folded, halves, reference };
 
 CpuPath choose_cpu_path(const Problem& problem);
 CpuPath choose_cpu_backward_path(const Problem& problem);

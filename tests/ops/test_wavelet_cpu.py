@@ -23,14 +23,15 @@ from lowfat.ops.wavelet import reference, reference_backward, reference_training
 OPS = torch.ops.lowfat
 LEVELS = _native.kernels().get("wavelet", {}).get("cpu", [])
 pytestmark = pytest.mark.skipif(not LEVELS, reason="no compiled library")
-PATHS = ("decode", "folded", "reference")
+PATHS = ("decode", "folded", "halves", "reference")
 KINDS = ("LL", "diag", "all")
 PAIRS = {"LL": 1, "diag": 2, "all": 4}
 DTYPES = (torch.float32, torch.bfloat16)
 # m, k, n, rank: few rows and many, odd sizes, one of everything, ranks that no vector divides
 SHAPES = {"one row": (1, 768, 384, 8), "few rows": (7, 301, 130, 5), "as many as fit": (8, 64, 256, 16), "one": (1, 1, 1, 1),
           "many": (64, 256, 192, 8), "odd": (65, 301, 131, 7), "two features": (9, 2, 3, 1), "long": (33, 1025, 2051, 8),
-          "large": (128, 1024, 768, 32)}  # so large that the norms of all errors are compared
+          "large": (128, 1024, 768, 32), "larger": (256, 1023, 1025, 16),
+          "high rank": (128, 513, 768, 40)}  # so large that the norms of all errors are compared
 
 
 def paths(op: str = "wavelet") -> dict[str, int]:
@@ -50,10 +51,17 @@ def operands(shape, subbands, dtype, gains=False):
     return x, v, gain if gains else None, u
 
 
-def path_of(m, subbands, r):
+def path_of(m, subbands, r, dtype):
     if subbands != "all" and m * PAIRS[subbands] <= 16:
         return "decode"
-    return "folded" if m * 4 >= PAIRS[subbands] * r else "reference"
+    return path_of_many(m, subbands, r, dtype)
+
+
+def path_of_many(m, subbands, r, dtype):
+    middle, most = PAIRS[subbands] * r, 512 if subbands == "all" else 32 if dtype == torch.float32 else 64
+    if middle <= min(4 * m if subbands == "all" else m, most):
+        return "folded"
+    return "reference" if subbands == "all" else "halves"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -66,22 +74,23 @@ def test_the_path_is_recorded(m, filter, levels, subbands, dtype):
     x, v, gain, u = normal(m, 36, 30, 8, levels, subbands, dtype)
     gain = gain if subbands == "shared+gain" else None
     is_covered = (filter, levels) == ("haar", 1) and subbands in KINDS and dtype in DTYPES
-    due, options = path_of(m, subbands, 8) if is_covered else "reference", (filter, levels, subbands, 30, 0.5)
+    due, options = path_of(m, subbands, 8, dtype) if is_covered else "reference", (filter, levels, subbands, 30, 0.5)
     assert taken(lambda: OPS.wavelet(x, v, gain, u, *options)) == [due]
     assert taken(lambda: OPS.wavelet_training(x, v, gain, u, *options)) == [due]
     assert taken(lambda: wavelet(x, v, u, gain, out_features=30, filter=filter, levels=levels, subbands=subbands)) == [due]
-    folds = is_covered and m * 4 >= PAIRS[subbands] * 8
     dy = torch.ones(m, 30).to(dtype)
     back = taken(lambda: OPS.wavelet_backward(dy, x, None, v, gain, u, 15, *options), "wavelet_backward")
-    assert back == ["folded" if folds else "reference"]
+    assert back == [path_of_many(m, subbands, 8, dtype) if is_covered else "reference"]
 
 
 @pytest.mark.parametrize("m, changes, path, back", [
-    (0, {}, "empty", "empty"), (1, {}, "decode", "reference"), (4, {}, "decode", "folded"), (8, {}, "decode", "folded"),
-    (9, {}, "folded", "folded"), (16, {"pairs": 1}, "decode", "folded"), (17, {"pairs": 1}, "folded", "folded"),
+    (0, {}, "empty", "empty"), (1, {}, "decode", "halves"), (8, {}, "decode", "halves"), (9, {}, "halves", "halves"),
+    (16, {}, "folded", "folded"), (16, {"pairs": 1}, "decode", "folded"), (17, {"pairs": 1}, "folded", "folded"),
     (3, {"pairs": 4}, "reference", "reference"), (8, {"pairs": 4}, "folded", "folded"),
-    (31, {"r": 64}, "reference", "reference"), (32, {"r": 64}, "folded", "folded"), (4096, {"r": 256}, "folded", "folded"),
-    (4096, {"r": 257}, "reference", "reference"),
+    (4096, {"r": 16}, "folded", "folded"), (4096, {"r": 17}, "halves", "halves"),
+    (4096, {"r": 32, "dtype": "bfloat16"}, "folded", "folded"), (4096, {"r": 33, "dtype": "bfloat16"}, "halves", "halves"),
+    (9, {"r": 1000}, "halves", "halves"),
+    (4096, {"r": 128, "pairs": 4}, "folded", "folded"), (4096, {"r": 129, "pairs": 4}, "reference", "reference"),
     (4096, {"dtype": "float16"}, "reference", "reference"), (1, {"dtype": "float64"}, "reference", "reference"),
     (4096, {"pairs": 0}, "reference", "reference"), (4096, {"pairs": 3}, "reference", "reference")])
 def test_the_plan_is_told(m, changes, path, back):
@@ -112,7 +121,7 @@ def test_forward_within_the_gates(shape, subbands, gains, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gains", [False, True], ids=["plain", "gains"])
 @pytest.mark.parametrize("subbands", KINDS)
-@pytest.mark.parametrize("shape", ["many", "odd", "long", "large"])
+@pytest.mark.parametrize("shape", ["many", "odd", "long", "large", "larger", "high rank"])
 def test_gradients_within_the_gates(shape, subbands, gains, dtype):
     m, k, n, r = SHAPES[shape]
     x, v, gain, u = operands(SHAPES[shape], subbands, dtype, gains)
