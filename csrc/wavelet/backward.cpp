@@ -127,7 +127,9 @@ struct Backward {
   }
 
   Gradients all(const std::optional<Tensor>& kept_h, const Tensor& x_any, int64_t needs) {
-    const auto wanted = [&](int need, const Dimensions& sizes) { return empty(s.kind, needs & need ? sizes : Dimensions{0}); };
+    const auto wanted = [&](int need, const Dimensions& sizes) {
+      return empty(s.kind, needs & need ? sizes : Dimensions{0});
+    };
     Tensor dx = empty(s.kind, {0}), dv = wanted(kNeedsDv, {s.r, s.pairs * s.width()});
     Tensor dgain = wanted(in.gain ? kNeedsDgain : 0, {s.pairs, s.r}), du = wanted(kNeedsDu, {s.pairs * s.height(), s.r});
     std::optional<Tensor> h, dh;
