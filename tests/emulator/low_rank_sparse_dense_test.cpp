@@ -76,6 +76,17 @@ void bad_supports(uint64_t seed) {
   for (bool is_wide : {false, true}) {
     for (const Rows& bad : bad_rows(good)) {
       const auto found = std::pair{added(bad, is_wide, values, dense, seed), selected(bad, is_wide, dense, seed)};
+      if (bad.starts == good.starts) {  // no entry is added twice, nor where it has no place
+        std::vector<float> most(dense.size()), ones(values.size(), 1), none(dense.size());
+        for (int row = 0; row < bad.n; ++row) {
+          for (int e = bad.starts[row]; e < bad.starts[row + 1]; ++e) {
+            const int column = is_wide ? bad.columns[e] : static_cast<uint16_t>(bad.columns[e]);
+            if (column >= 0 && column < bad.k) ++most[row * bad.k + column];
+          }
+        }
+        const auto sums = added(bad, is_wide, ones, none, seed);
+        for (size_t i = 0; i < sums.size(); ++i) check::that(sums[i] <= most[i], "entries of a place", i);
+      }
       for (float one : found.first) check::that(std::isfinite(one), "a number", number);
       for (float one : found.second) check::that(std::isfinite(one), "a number", number);
       if (seed == 1) first[number] = found;
