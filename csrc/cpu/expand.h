@@ -15,16 +15,20 @@ using ExpandMask = void (*)(const uint32_t* mask, const void* values, int64_t st
 ExpandMask expand_mask(CpuLevel level, int64_t bytes);
 ExpandMask expand_mask_vbmi2(int64_t bytes);  // 2 or 4
 
+namespace {  // a copy for each instruction set
+
 // One word of a mask: inputs d to d + 32 of a row. Returns how many values have been taken now.
 template <class T>
 int64_t expand_word(uint32_t bits, const T* values, int64_t next, int64_t stored, int64_t d, int64_t depth, T* to) {
-  std::fill_n(to + d, std::min<int64_t>(32, depth - d), T{0});
+  for (int64_t at = d; at < depth && at < d + 32; ++at) to[at] = 0;
   for (; bits != 0; bits &= bits - 1) {
     const int64_t at = d + __builtin_ctz(bits);
     if (at < depth && next < stored) to[at] = values[next++];
   }
   return next;
 }
+
+}  // namespace
 
 // The same by the kept inputs' numbers; one that there is not is left out.
 template <class T>

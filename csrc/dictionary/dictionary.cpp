@@ -198,8 +198,7 @@ Tensor padded_rows(const Call& s, const Tensor& x, bool is_decode) {
 Result forward_cpu(const Tensor& x, const Tensor& d, const Tensor& values, const Tensor& support,
                    const std::optional<Tensor>& bias, bool keep_h) {
   const Call s = check(x, d, values, support, bias);
-  Problem problem;
-  problem.level = cpu_level();
+  Problem problem = on_this_cpu({});
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.a, problem.dtype = s.dtype;
   problem.b_in = s.b_in, problem.b_out = s.b_out, problem.kept = s.s;
   CpuConfig config = choose_cpu_config(problem);

@@ -19,7 +19,6 @@ struct Problem {
   Dtype dtype = Dtype::bfloat16;
   Device device = Device::cpu;
   CpuLevel level = CpuLevel::scalar;  // device cpu
-  bool has_tiles = cpu_has_tiles();   // device cpu
   int arch = 90, sm_count = 132;      // device cuda: 80 for compute capability 8.0; multiprocessors
   bool is_aligned = true;             // device cuda: operands start at multiples of 16 bytes
   int members = 1;                    // of a group, all with these sizes
@@ -28,7 +27,13 @@ struct Problem {
   int64_t kept = 2, group = 4;        // of every group this many are kept; of r atoms and every row, where there
                                       // are atoms; entries in all of an S with entries anywhere
   int64_t pairs = 2;                  // of subbands, each with factors of its own
+  bool has_tiles = false;             // device cpu: the library multiplies tiles of bfloat16
 };
+
+inline Problem on_this_cpu(Problem problem) {
+  problem.level = cpu_level(), problem.has_tiles = cpu_has_tiles();
+  return problem;
+}
 
 using Described = std::vector<std::pair<std::string, std::variant<int64_t, std::string>>>;  // a configuration, printable
 

@@ -42,7 +42,7 @@ cpu::Product second(const Operands& in, const Sizes& s, const void* h, void* y) 
 }
 
 Result product_cpu(const Sizes& s, const Operands& in, bool keep_h) {
-  const Config config = choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cpu, cpu_level()});
+  const Config config = choose_config(on_this_cpu({s.m, s.n, s.k, s.r, s.dtype}));
   if (config.path == Path::library) {
     library_calls.count();
     return library(in);

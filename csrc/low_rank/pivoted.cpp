@@ -27,6 +27,7 @@ CallCounter cuda_decode_calls("low_rank_pivoted", "cuda", "decode"),
 #endif
 
 constexpr Who kWho{"low_rank_pivoted", -1, "c"};
+constexpr int64_t kTaskNumbers = 1 << 16;  // moved by a thread, at least
 
 // The conditions that the Python function checks with a named error, for callers of torch.ops. n is that of y.
 Sizes check(const Tensor& x, const Tensor& v, const Tensor& c, const Tensor& pivots, const std::optional<Tensor>& bias) {
@@ -65,11 +66,13 @@ struct Columns {
 
   void gather(const std::vector<int64_t>& source, int64_t m) const {
     const int64_t n = static_cast<int64_t>(source.size());
-    for (int64_t row = 0; row < m; ++row) {
-      const T *of_h = h + row * r, *of_rest = rest + row * (n - r);
-      T* to = y + row * n;
-      for (const int64_t one : source) *to++ = one < r ? of_h[one] : of_rest[one - r];
-    }
+    torch::stable::parallel_for(0, m, 1 + kTaskNumbers / (1 + n), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        const T *of_h = h + row * r, *of_rest = rest + row * (n - r);
+        T* to = y + row * n;
+        for (const int64_t one : source) *to++ = one < r ? of_h[one] : of_rest[one - r];
+      }
+    });
   }
 };
 
@@ -137,7 +140,7 @@ Tensor gathered(const Sizes& s, const Result& product, const Tensor& pivots, con
 Tensor low_rank_pivoted_cpu(const Tensor& x, const Tensor& v, const Tensor& c, const Tensor& pivots,
                             const std::optional<Tensor>& bias) {
   const Sizes s = check(x, v, c, pivots, bias);
-  const Config config = choose_config({s.m, s.n - s.r, s.k, s.r, s.dtype, Device::cpu, cpu_level()});
+  const Config config = choose_config(on_this_cpu({s.m, s.n - s.r, s.k, s.r, s.dtype}));
   if (config.path != Path::decode) {
     library_calls.count();
     return gathered(s, forward_cpu(kWho, x, v, c, std::nullopt, true), pivots, bias);

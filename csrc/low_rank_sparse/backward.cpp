@@ -35,13 +35,12 @@ struct Selected {
 Selected library(const Launches& on, const Tensor& dy, int needs) {
   library_calls.count();
   const int64_t rows[] = {0};
-  return {wanted(on.s, needs & kSelectsValues,
+  return {wanted(on.s, needs & kSelectsValues && on.s.nnz > 0,
                  [&] { return on.selected(as_contiguous(matmul(transpose(dy, 0, 1), on.in.x))); }),
           wanted(on.s, needs & kSelectsDb, [&] { return torch::stable::sum(dy, rows); })};
 }
 
 Selected kernels(const Launches& on, const BackwardPlan& plan, const Tensor& dy, int needs) {
-  kernel_calls.count();
   const Call& s = on.s;
   const Tensor partials = floats(s.kind, plan.partials);
   const auto made = [&](int need, int64_t size) { return empty(s.kind, {needs & need ? size : 0}); };
@@ -50,7 +49,10 @@ Selected kernels(const Launches& on, const BackwardPlan& plan, const Tensor& dy,
   const auto to = [](const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); };
   const BackwardOperands operands{elements(dy), elements(on.in.x), on.support(), float_data(partials), to(dvalues),
                                   to(found.db), static_cast<int>(s.m), needs};
-  if (needs != 0) on.done(launch_backward(plan, operands, s.dtype, on.gpu.sm_count, on.stream));
+  if (needs != 0) {
+    kernel_calls.count();
+    on.done(launch_backward(plan, operands, s.dtype, on.gpu.sm_count, on.stream));
+  }
   return found;
 }
 

@@ -100,6 +100,7 @@ LOWFAT_CONSTEXPR DecodePlan plan_decode(int64_t m, int64_t n, int64_t k, int64_t
   // u and S have what they want, or half of it each, or what the other leaves
   const int64_t for_s = of_u < left / 2 ? left - of_u : left / 2;
   s.room = static_cast<int>(of_s < for_s ? room : for_s / 4 / kPiece * kPiece);
+  if (s.room < kPiece) return DecodePlan();  // the piece that a block's first entry is in is always held
   s.prefetch = low_rank::prefetch_of(items, sparse_memory(s).bytes, smem_limit);
   return {s.token_tiles, first.splits, first.grid, s.tiles, s.tokens, s.room, s.prefetch, sparse_memory(s).bytes};
 }

@@ -58,8 +58,8 @@ Gradients low_rank_sparse_backward_cpu(const Tensor& dy_any, const Tensor& x_any
   const Arguments in(s, dy_any, x_any, h_any, v_any, u_any, values_any, starts_any, columns_any);
   const bool is_library = s.dtype == Dtype::float64;
   (is_library ? library_calls : kernel_calls).count();
-  Tensor dx, dv, du, dvalues, db;
-  dx = dv = du = dvalues = db = empty(s.kind, {0});
+  const auto none = [&] { return empty(s.kind, {0}); };
+  Tensor dx = none(), dv = none(), du = none(), dvalues = none(), db = none();
 
   if (needs & (kNeedsDx | kNeedsDv)) {
     const Tensor dh = middle(s, in.dy, across(in.u), scale);
@@ -79,7 +79,7 @@ Gradients low_rank_sparse_backward_cpu(const Tensor& dy_any, const Tensor& x_any
     if (needs & kNeedsDvalues) dvalues = gathered(s, in);
   } else if (needs & (kNeedsDx | kNeedsDvalues)) {
     if (needs & kNeedsDvalues) dvalues = floats(s.kind, s.nnz);
-    const Support support = read_support(s, in.values, in.starts, in.columns);
+    const ReadSupport support = read_support(s, in.values, in.starts, in.columns);
     sparse_gradients(support, s.m, data_of<float>(in.dy), data_of<float>(in.x),
                      needs & kNeedsDx ? data_to<float>(dx) : nullptr,
                      needs & kNeedsDvalues ? data_to<float>(dvalues) : nullptr);

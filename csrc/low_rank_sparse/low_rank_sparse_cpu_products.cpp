@@ -49,7 +49,7 @@ int64_t chunk_of(int64_t blocks, int64_t columns) {
 int64_t blocks_of(int64_t m) { return (m + kBlockTokens - 1) / kBlockTokens; }
 
 // y [m, rows] += x S^T of a chunk.
-void add_chunk(const Support& support, const Packed& x, int64_t m, int64_t first_block, int64_t blocks, float* y) {
+void add_chunk(const ReadSupport& support, const Packed& x, int64_t m, int64_t first_block, int64_t blocks, float* y) {
   const Entries s = support.entries();
   const int64_t pieces = (support.rows + kPieceRows - 1) / kPieceRows;
   const int64_t work = pieces > 0 ? support.bounds[support.rows] / pieces * kBlockTokens : 0;  // of a piece and block
@@ -63,7 +63,7 @@ void add_chunk(const Support& support, const Packed& x, int64_t m, int64_t first
 }
 
 // to[e] += the inner products of a chunk: block after block, whoever computes them.
-void add_products(const Support& support, const Packed& dy, const Packed& x, int64_t blocks, float* to) {
+void add_products(const ReadSupport& support, const Packed& dy, const Packed& x, int64_t blocks, float* to) {
   const Entries s = support.entries();
   const int64_t row_work = 1 + support.bounds[support.rows] / (1 + support.rows) * kBlockTokens * blocks;
   torch::stable::parallel_for(0, support.rows, 1 + kTaskProducts / row_work, [&](int64_t first, int64_t last) {
@@ -126,8 +126,8 @@ Numbers<int32_t> bounds_of(const Call& s, const Tensor& starts) {
   return bounds;
 }
 
-Support read_support(const Call& s, const Tensor& values, const Tensor& starts, const Tensor& columns) {
-  Support support{s.n, s.k, s.nnz, bounds_of(s, starts), Numbers<int32_t>(s.nnz), Numbers<float>(s.nnz), {}};
+ReadSupport read_support(const Call& s, const Tensor& values, const Tensor& starts, const Tensor& columns) {
+  ReadSupport support{s.n, s.k, s.nnz, bounds_of(s, starts), Numbers<int32_t>(s.nnz), Numbers<float>(s.nnz), {}};
   const Tensor wide_values = wide(values, s);
   const auto* from = data_of<float>(wide_values);
   const Columns inputs(s, columns);
@@ -141,9 +141,9 @@ Support read_support(const Call& s, const Tensor& values, const Tensor& starts, 
 }
 
 // Rows in ascending order in each column, so that sums do not depend on how the entries came.
-Support transposed(const Support& support) {
+ReadSupport transposed(const ReadSupport& support) {
   const int64_t count = support.bounds[support.rows];
-  Support to{support.columns, support.rows, count, Numbers<int32_t>(support.columns + 1), Numbers<int32_t>(count),
+  ReadSupport to{support.columns, support.rows, count, Numbers<int32_t>(support.columns + 1), Numbers<int32_t>(count),
              Numbers<float>(count), {}};
   Numbers<int32_t> next(support.columns + 1);
   std::fill_n(next.get(), support.columns + 1, 0);
@@ -167,7 +167,7 @@ void add_entries(const Call& s, const Tensor& values, const Tensor& starts, cons
     add_entries(s, data_of<float>(values), bounds, Columns(s, columns), data_to<float>(weight));
 }
 
-void add_sparse_product(const Support& support, int64_t m, const float* x, float* y) {
+void add_sparse_product(const ReadSupport& support, int64_t m, const float* x, float* y) {
   if (support.bounds[support.rows] == 0) return;
   const int64_t blocks = blocks_of(m), chunk = chunk_of(blocks, support.columns);
   Packed packed(x, m, support.columns, chunk);
@@ -178,11 +178,11 @@ void add_sparse_product(const Support& support, int64_t m, const float* x, float
   }
 }
 
-void sparse_gradients(const Support& support, int64_t m, const float* dy, const float* x, float* dx, float* dvalues) {
+void sparse_gradients(const ReadSupport& support, int64_t m, const float* dy, const float* x, float* dx, float* dvalues) {
   if (dvalues) std::fill_n(dvalues, support.nnz, 0.0f);
   if (support.bounds[support.rows] == 0) return;
-  const int64_t blocks = blocks_of(m), chunk = chunk_of(blocks, support.columns);
-  const Support across = dx ? transposed(support) : Support{};
+  const int64_t blocks = blocks_of(m), chunk = chunk_of(blocks, std::max(support.rows, support.columns));
+  const ReadSupport across = dx ? transposed(support) : ReadSupport{};
   Packed packed_dy(dy, m, support.rows, chunk), packed_x(x, m, support.columns, dvalues ? chunk : 0);
   for (int64_t first = 0; first < blocks; first += chunk) {
     const int64_t count = std::min(chunk, blocks - first);

@@ -59,7 +59,7 @@ class Numbers {
 Numbers<int32_t> bounds_of(const Call& s, const Tensor& starts);
 
 // S in fp32, or its transposed. What leads outside of it is an entry of value 0 for the first input.
-struct Support {
+struct ReadSupport {
   int64_t rows = 0, columns = 0, nnz = 0;
   Numbers<int32_t> bounds, places;
   Numbers<float> values;
@@ -68,17 +68,17 @@ struct Support {
   Entries entries() const { return {bounds.get(), places.get(), values.get()}; }
 };
 
-Support read_support(const Call& s, const Tensor& values, const Tensor& starts, const Tensor& columns);
-Support transposed(const Support& support);
+ReadSupport read_support(const Call& s, const Tensor& values, const Tensor& starts, const Tensor& columns);
+ReadSupport transposed(const ReadSupport& support);
 
 // weight += S.   weight [n, k]   values [nnz]   both as `wide` gives them
 void add_entries(const Call& s, const Tensor& values, const Tensor& starts, const Tensor& columns, const Tensor& weight);
 
 // y += x S^T.   x [m, columns]   y [m, rows]   fp32, contiguous
-void add_sparse_product(const Support& support, int64_t m, const float* x, float* y);
+void add_sparse_product(const ReadSupport& support, int64_t m, const float* x, float* y);
 
 // The gradients: dx += dy S, by the transposed; dvalues[e] = the inner product of dy's and x's columns of entry e, in fp32.
 // Null where not wanted.
-void sparse_gradients(const Support& support, int64_t m, const float* dy, const float* x, float* dx, float* dvalues);
+void sparse_gradients(const ReadSupport& support, int64_t m, const float* dy, const float* x, float* dx, float* dvalues);
 
 }  // namespace low_rank_sparse

@@ -239,8 +239,7 @@ void forward(const Call& s, const CpuConfig& config, const Tensor& x, const Tens
 Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std::optional<Tensor>& bias, int64_t n,
                    bool interleave, bool keep_h) {
   const Call s = check(x, v, u, bias, n, interleave);
-  Problem problem;
-  problem.level = cpu_level();
+  Problem problem = on_this_cpu({});
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.dtype = s.dtype;
   problem.b_in = s.b_in, problem.b_out = s.b_out;
   CpuConfig config = choose_cpu_config(problem);

@@ -91,8 +91,7 @@ Tensor library(const Call& s, const Operands& in) {
 Tensor sparse24_cpu(const Tensor& x, const Tensor& values, const Tensor& mask, const std::optional<Tensor>& bias,
                     int64_t kept, int64_t group) {
   const Call s = check(x, values, mask, bias, kept, group);
-  Problem problem;
-  problem.level = cpu_level();
+  Problem problem = on_this_cpu({});
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.dtype = s.dtype;
   problem.kept = kept, problem.group = group;
   const CpuConfig config = choose_cpu_config(problem);

@@ -74,12 +74,11 @@ template <class E>
 void sum_gains(const Call& s, const Tensor& weighed, const Tensor& h, const Tensor& dgain) {
   const int64_t columns = s.pairs * s.r;
   std::vector<double> sums(columns);
-  for (int64_t row = 0; row < s.m; ++row) {
-    for (int64_t i = 0; i < columns; ++i) {
-      sums[i] += double{cpu::widen(data_of<E>(weighed)[row * columns + i])} * cpu::widen(data_of<E>(h)[row * columns + i]);
-    }
-  }
-  for (int64_t i = 0; i < columns; ++i) into<E>(dgain)[i] = narrowed<E>(static_cast<float>(sums[i]));
+  const E *a = data_of<E>(weighed), *b = data_of<E>(h);
+  for (int64_t row = 0; row < s.m; ++row, a += columns, b += columns)
+    for (int64_t i = 0; i < columns; ++i) sums[i] += double{cpu::widen(a[i])} * cpu::widen(b[i]);
+  E* to = into<E>(dgain);
+  for (int64_t i = 0; i < columns; ++i) to[i] = narrowed<E>(static_cast<float>(sums[i]));
 }
 
 template <class E>

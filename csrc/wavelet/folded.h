@@ -162,18 +162,20 @@ Tensor beside(const Call& s, const Tensor& h) {
 template <class E>
 void weigh_beside(const Call& s, const Tensor& beside, const Tensor& gain) {
   const int64_t columns = s.pairs * s.r;
-  for (int64_t i = 0; i < s.m * columns; ++i) {
-    into<E>(beside)[i] = narrowed<E>(cpu::widen(data_of<E>(beside)[i]) * cpu::widen(data_of<E>(gain)[i % columns]));
-  }
+  const E* by = data_of<E>(gain);
+  E* row = into<E>(beside);
+  for (int64_t token = 0; token < s.m; ++token, row += columns)
+    for (int64_t i = 0; i < columns; ++i) row[i] = narrowed<E>(cpu::widen(row[i]) * cpu::widen(by[i]));
 }
 
 template <class E>
 Tensor weigh(const Call& s, const Tensor& h, const Tensor& gain) {
   const Tensor weighed = empty(s.kind, {s.pairs, s.m, s.r});
-  for (int64_t i = 0; i < s.pairs * s.m * s.r; ++i) {
-    const int64_t of_gain = i / (s.m * s.r) * s.r + i % s.r;
-    into<E>(weighed)[i] = narrowed<E>(cpu::widen(data_of<E>(h)[i]) * cpu::widen(data_of<E>(gain)[of_gain]));
-  }
+  const E *from = data_of<E>(h), *by = data_of<E>(gain);
+  E* to = into<E>(weighed);
+  for (int64_t pair = 0; pair < s.pairs; ++pair, by += s.r)
+    for (int64_t token = 0; token < s.m; ++token, from += s.r, to += s.r)
+      for (int64_t i = 0; i < s.r; ++i) to[i] = narrowed<E>(cpu::widen(from[i]) * cpu::widen(by[i]));
   return weighed;
 }
 

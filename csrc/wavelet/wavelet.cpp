@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cpu/config.h"
 #include "cpu/lines.h"
 #include "cpu/product.h"
 #include "host/call_counter.h"
@@ -26,14 +27,17 @@ struct Result {
 
 // --- few rows ---
 
-void multiply(const cpu::Kernel& kernel, cpu::Product product) {
+void multiply(const cpu::Kernel& kernel, int64_t element_bytes, cpu::Product product) {
   cpu::Lines prepared;
   if (const int64_t bytes = kernel.prepared_bytes(product.m, product.depth)) {
     prepared = cpu::new_lines(bytes);
     kernel.prepare(product, prepared.get());
     product.x = prepared.get();
   }
-  kernel.multiply(product, 0, (product.rows + kernel.row_tile - 1) / kernel.row_tile);
+  const int64_t tiles = (product.rows + kernel.row_tile - 1) / kernel.row_tile, row_bytes = product.depth * element_bytes;
+  if (product.rows * row_bytes < cpu::kThreadedBytes) return kernel.multiply(product, 0, tiles);
+  torch::stable::parallel_for(0, tiles, cpu::grain_of(kernel.row_tile * row_bytes),
+                              [&](int64_t first, int64_t last) { kernel.multiply(product, first, last); });
 }
 
 // Both halves of a row are rows, and v's columns of each pair rows of their own: one product has all of the middle, of two
@@ -52,7 +56,7 @@ void decode(const Call& s, const Arguments& in, const Tensor& h, const Tensor& y
   }
   auto* found = static_cast<E*>(products.get());
   const int64_t columns = s.r * s.pairs;
-  multiply(cpu::kernel(cpu_level(), s.dtype, rows),
+  multiply(cpu::kernel(cpu_level(), s.dtype, rows), sizeof(E),
            {b, in.v.const_data_ptr(), nullptr, found, rows, width, columns, width, columns, in.u.const_data_ptr()});
   auto* middle = static_cast<E*>(h.mutable_data_ptr());
   for (int64_t pair = 0; pair < s.pairs; ++pair) {
@@ -64,7 +68,7 @@ void decode(const Call& s, const Arguments& in, const Tensor& h, const Tensor& y
   const Tensor weighed = in.gain ? weigh<E>(s, h, *in.gain) : h;
   auto* c = static_cast<E*>(outputs.get());
   for (int64_t pair = 0; pair < s.pairs; ++pair) {
-    multiply(cpu::kernel(cpu_level(), s.dtype, s.m),
+    multiply(cpu::kernel(cpu_level(), s.dtype, s.m), sizeof(E),
              {data_of<E>(weighed) + pair * s.m * s.r, data_of<E>(in.u) + pair * height * s.r, nullptr,
               c + pair * s.m * height, s.m, s.r, height, s.r, height, nullptr});
   }
