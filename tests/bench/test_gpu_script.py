@@ -95,7 +95,7 @@ def test_phases_run_once_and_are_reported(pretended, tmp_path):
     run, fake = pretended
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (fake / "log").read_text().split("\n")[:-1] == ["needs", "pip 90a-real", "tests"] + ["bench"] * 6
+    assert (fake / "log").read_text().split("\n")[:-1] == ["needs", "pip 90a-real", "tests"] + ["bench"] * 7
     assert (tmp_path / "out" / "phases").read_text().split("\n")[:-1] == [f"{i} passed" for i in range(1, 6)]
     assert "conformance: 1 of 1 passed" in done.stdout and "not run: no compute-sanitizer" in done.stdout
     assert "4096 -> 4096, 512" in done.stdout and "two launches were faster in 1 of 1 races" in done.stdout
@@ -106,7 +106,7 @@ def test_phases_run_once_and_are_reported(pretended, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) <= 8 and not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
     assert run().returncode == 0 and (fake / "log").read_text() == ""  # nothing is left to do
-    assert run("--phase", "4").returncode == 0 and (fake / "log").read_text() == "bench\n" * 6
+    assert run("--phase", "4").returncode == 0 and (fake / "log").read_text() == "bench\n" * 7
 
 
 @needs_bash
@@ -115,7 +115,7 @@ def test_a_failed_phase_fails_the_run_and_comes_again(pretended, tmp_path):
     (fake / "tests").write_text("1")
     done = run()
     assert done.returncode == 1 and "2 failed" in (tmp_path / "out" / "phases").read_text()
-    assert (fake / "log").read_text().count("bench") == 6  # the others go on
+    assert (fake / "log").read_text().count("bench") == 7  # the others go on
     (fake / "tests").write_text("0")
     assert run().returncode == 0 and (fake / "log").read_text() == "tests\n"
 

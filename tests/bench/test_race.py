@@ -49,7 +49,7 @@ def test_a_row_names_the_path_that_ran():
     """By its counter, not by what choose_config promises: kills a name that does not ask whether anything ran."""
     from lowfat import _native
 
-    found = race.race("low_rank", shapes="64:96:16", rows="1,20", device=CPU, seconds=0.01)["rows"]
+    found = race.race("low_rank", shapes="64:96:16", rows="1,200", device=CPU, seconds=0.01)["rows"]
     if _native.kernels():
         assert [row["ran"] for row in found] == [f"kernel ({_native.cpu_level()})", "library"]
     else:
@@ -64,7 +64,7 @@ def test_a_row_of_a_group_names_what_ran_for_its_members(op):
     from lowfat import _native
 
     def ran(dtype):
-        found = race.race(op, shapes="64:96:16", rows="1,40", dtype=dtype, device=CPU, seconds=0.01)
+        found = race.race(op, shapes="64:96:16", rows="1,200", dtype=dtype, device=CPU, seconds=0.01)
         return [row["ran"] for row in found["rows"]]
 
     kernel = f"kernel ({_native.cpu_level()})"
@@ -195,7 +195,7 @@ def test_blocks_are_part_of_the_question(blocks):
     """Sizes that they do not divide among them; the rank that a ratio gives is shared."""
     from lowfat import _native
 
-    found = race.race("monarch", shapes="64:90:5", rows="2,40", blocks=blocks, device=CPU, seconds=0.01)
+    found = race.race("monarch", shapes="64:90:5", rows="2,200", blocks=blocks, device=CPU, seconds=0.01)
     assert found["header"]["blocks"] == blocks and not race.failures(found)
     if _native.kernels():
         assert [row["ran"] for row in found["rows"]] == [f"kernel ({_native.cpu_level()})", "library"]
