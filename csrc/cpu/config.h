@@ -29,6 +29,9 @@ inline int64_t most_tokens(const Problem& p) {
   return p.has_tiles ? kMostTokens : kBfloatTokens;
 }
 
+// Rows of a slice: of each about as many, since a few left over would have another kernel, which takes subnormals as zero.
+inline int64_t slice_of(int64_t m) { return parts_of(m, std::max<int64_t>(1, parts_of(m, kMostTokens))); }
+
 // Of an op whose kernel takes every size.
 inline Path path_of(const Problem& p) {
   if (p.m == 0) return Path::empty;

@@ -174,7 +174,7 @@ void forward(const Call& s, const CpuConfig& config, const Operands& in, Result&
     return library<T>(s, in, h, result.y);
   }
   decode_calls.count();
-  const int64_t most = result.h ? s.m : std::min(s.m, cpu::kMostTokens);  // h of several slices would not be in one piece
+  const int64_t most = result.h ? s.m : cpu::slice_of(s.m);  // h of several slices would not be in one piece
   cpu::Lines inside;
   if (!result.h) inside = cpu::new_lines(s.b_out * most * s.middle() * static_cast<int64_t>(sizeof(T)));
   T* h = static_cast<T*>(result.h ? result.h->mutable_data_ptr() : inside.get());

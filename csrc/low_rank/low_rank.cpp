@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/config.h"
 #include "cpu/lines.h"
 #include "cpu/product.h"
 #include "host/call_counter.h"
@@ -52,15 +53,15 @@ Result product_cpu(const Sizes& s, const Operands& in, bool keep_h) {
   if (config.path == Path::empty) return result;
 
   decode_calls.count();
-  const int64_t bytes = s.dtype == Dtype::float32 ? 4 : 2;
+  const int64_t bytes = s.dtype == Dtype::float32 ? 4 : 2, most = cpu::slice_of(s.m);
   cpu::Lines h_inside;
-  if (!keep_h) h_inside = cpu::new_lines(std::min(s.m, cpu::kMostTokens) * s.r * bytes);
+  if (!keep_h) h_inside = cpu::new_lines(most * s.r * bytes);
   const auto* x = static_cast<const char*>(in.x.const_data_ptr());
   auto* y = static_cast<char*>(result.y.mutable_data_ptr());
   auto* kept = keep_h ? static_cast<char*>(result.h->mutable_data_ptr()) : nullptr;
-  for (int64_t token = 0; token < s.m; token += cpu::kMostTokens) {
+  for (int64_t token = 0; token < s.m; token += most) {
     Sizes slice = s;
-    slice.m = std::min(cpu::kMostTokens, s.m - token);
+    slice.m = std::min(most, s.m - token);
     void* h = keep_h ? kept + token * s.r * bytes : h_inside.get();
     const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, slice.m);
     multiply(kernel, first(in, slice, x + token * s.k * bytes, h), config.first_grain);

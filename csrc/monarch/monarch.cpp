@@ -224,7 +224,7 @@ void forward(const Call& s, const CpuConfig& config, const Tensor& x, const Tens
     return library(s, in, v, u, h, result.y);
   }
   decode_calls.count();
-  const int64_t most = result.h ? s.m : std::min(s.m, cpu::kMostTokens);  // h of several slices would not be in one piece
+  const int64_t most = result.h ? s.m : cpu::slice_of(s.m);  // h of several slices would not be in one piece
   cpu::Lines h_inside;
   if (!result.h) h_inside = new_elements<T>(s.b_out * most * s.t());
   in.h = result.h ? static_cast<T*>(result.h->mutable_data_ptr()) : elements_of<T>(h_inside);

@@ -32,8 +32,9 @@ void decode(const Call& s, const CpuConfig& config, const Operands& in, Tensor& 
   const auto* x = static_cast<const char*>(in.x.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const void* bias = in.bias ? in.bias->const_data_ptr() : nullptr;
-  for (int64_t token = 0; token < s.m; token += cpu::kMostTokens) {
-    const int64_t m = std::min(cpu::kMostTokens, s.m - token);
+  const int64_t slice = cpu::slice_of(s.m);
+  for (int64_t token = 0; token < s.m; token += slice) {
+    const int64_t m = std::min(slice, s.m - token);
     const cpu::Kernel kernel = cpu::masked_kernel(cpu_level(), s.dtype, m);
     cpu::Product product{x + token * s.k * bytes_of(s), in.values.const_data_ptr(), bias, to + token * s.n * bytes_of(s),
                          m, s.k, s.n, s.k, s.n, nullptr};
