@@ -174,16 +174,18 @@ void forward(const Call& s, const CpuConfig& config, const Operands& in, Result&
     return library<T>(s, in, h, result.y);
   }
   decode_calls.count();
-  const int64_t most = result.h ? s.m : cpu::slice_of(s.m);  // h of several slices would not be in one piece
-  cpu::Lines inside;
-  if (!result.h) inside = cpu::new_lines(s.b_out * most * s.middle() * static_cast<int64_t>(sizeof(T)));
-  T* h = static_cast<T*>(result.h ? result.h->mutable_data_ptr() : inside.get());
+  const int64_t most = cpu::slice_of(s.m);
+  const cpu::Lines inside = cpu::new_lines(s.b_out * most * s.middle() * static_cast<int64_t>(sizeof(T)));
+  T* h = static_cast<T*>(inside.get());
+  T* kept = result.h ? static_cast<T*>(result.h->mutable_data_ptr()) : nullptr;
   T* y = static_cast<T*>(result.y.mutable_data_ptr());
   for (int64_t token = 0; token < s.m; token += most) {
     Call slice = s;
     slice.m = std::min(most, s.m - token);
     multiply_atoms(slice, config, in, data_of<T>(in.x, token * s.b_in * s.p), h);
     multiply_codes<T>(slice, config, in, h, y + token * s.n);
+    for (int64_t o = 0; o < s.b_out && kept; ++o)
+      std::copy_n(h + o * slice.m * s.middle(), slice.m * s.middle(), kept + (o * s.m + token) * s.middle());
   }
 }
 
@@ -201,8 +203,7 @@ Result forward_cpu(const Tensor& x, const Tensor& d, const Tensor& values, const
   Problem problem = on_this_cpu({});
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.a, problem.dtype = s.dtype;
   problem.b_in = s.b_in, problem.b_out = s.b_out, problem.kept = s.s;
-  CpuConfig config = choose_cpu_config(problem);
-  if (keep_h && s.m > cpu::kMostTokens) config.path = CpuPath::library;
+  const CpuConfig config = choose_cpu_config(problem);
   Result result{empty_rows(x, s.kind, s.n), std::nullopt};
   if (keep_h) result.h = empty(s.kind, {s.b_out, s.m, s.middle()});
   if (config.path == CpuPath::empty) return result;

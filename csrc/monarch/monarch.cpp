@@ -224,14 +224,16 @@ void forward(const Call& s, const CpuConfig& config, const Tensor& x, const Tens
     return library(s, in, v, u, h, result.y);
   }
   decode_calls.count();
-  const int64_t most = result.h ? s.m : cpu::slice_of(s.m);  // h of several slices would not be in one piece
-  cpu::Lines h_inside;
-  if (!result.h) h_inside = new_elements<T>(s.b_out * most * s.t());
-  in.h = result.h ? static_cast<T*>(result.h->mutable_data_ptr()) : elements_of<T>(h_inside);
+  const int64_t most = cpu::slice_of(s.m);
+  const cpu::Lines inside = new_elements<T>(s.b_out * most * s.t());
+  in.h = elements_of<T>(inside);
+  T* kept = result.h ? static_cast<T*>(result.h->mutable_data_ptr()) : nullptr;
   for (int64_t token = 0; token < s.m; token += most, in.x += most * s.k, in.y += most * s.n) {
     Call slice = s;
     slice.m = std::min(most, s.m - token);
     decode(slice, config, in);
+    for (int64_t o = 0; o < s.b_out && kept; ++o)
+      std::copy_n(in.h + o * slice.m * s.t(), slice.m * s.t(), kept + (o * s.m + token) * s.t());
   }
 }
 
@@ -242,8 +244,7 @@ Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const std:
   Problem problem = on_this_cpu({});
   problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.dtype = s.dtype;
   problem.b_in = s.b_in, problem.b_out = s.b_out;
-  CpuConfig config = choose_cpu_config(problem);
-  if (keep_h && s.m > cpu::kMostTokens) config.path = CpuPath::library;
+  const CpuConfig config = choose_cpu_config(problem);
   Result result{empty_rows(x, s.kind, s.n), std::nullopt};
   if (keep_h) result.h = empty(s.kind, {s.b_out, s.m, s.t()});
   if (config.path == CpuPath::empty) return result;

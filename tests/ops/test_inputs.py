@@ -48,4 +48,5 @@ def test_every_class_has_a_row():
 
 def test_every_op_has_a_row():
     registered = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowfat::")}
-    assert {f"torch.ops.{name.replace('::', '.')}" for name in registered} <= inputs.CALLERS.keys()
+    called = {name for name in registered if not name.endswith("_reference")}  # those are what kernels of an op fall back to
+    assert {f"torch.ops.{name.replace('::', '.')}" for name in called} <= inputs.CALLERS.keys()
