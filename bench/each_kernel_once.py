@@ -306,7 +306,7 @@ CALLS = {low_rank: ("low_rank", (1, 16, 100, 300)), low_rank_epilogue: ("low_ran
          dictionary: ("dictionary", (1, 16)), dictionary_backward: ("dictionary_backward", (100,)),
          low_rank_sparse: ("low_rank_sparse", (1, 16, 100)), low_rank_sparse_backward: ("low_rank_sparse_backward", (100,)),
          wavelet: ("wavelet", (1, 100)), wavelet_backward: ("wavelet_backward", (100,))}
-ENTRIES = {"kept": N * sparse_rows.LowRankSparse().entries(K)}
+ENTRIES = {"entries": N * sparse_rows.LowRankSparse().entries(K)}
 BLOCKS = {"k": 768, "n": 544, "r": 24, "b_in": 4, "b_out": 4}  # 776 inputs in 4 blocks are no whole pieces
 SIZES = {monarch: BLOCKS, monarch_backward: BLOCKS,
          monarch_clusters: {"n": 768, "k": 768, "r": 2, "b_in": 16, "b_out": 32},
@@ -319,8 +319,8 @@ NO_KERNEL = ("library", "members", "reference")
 def path_here(op: str, m: int, dtype: torch.dtype, sizes: dict[str, int]) -> str:
     """The path that this problem has on this GPU."""
     about = torch.cuda.get_device_properties()
-    return _native.native.choose_config(op, m=m, **{"n": N, "k": K, "r": R, **sizes}, dtype=str(dtype).removeprefix("torch."),
-                                        device="cuda", arch=about.major * 10 + about.minor,
+    return _native.native.choose_config(op, m=m, **{"n": N, "k": K, "r": R, **sizes}, device="cuda",
+                                        dtype=str(dtype).removeprefix("torch."), arch=about.major * 10 + about.minor,
                                         sm_count=about.multi_processor_count,
                                         members=3 if op == "low_rank_group" else 1)["path"]
 

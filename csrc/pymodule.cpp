@@ -46,7 +46,8 @@ Value pick(const char* what, const std::string& name, std::initializer_list<std:
 py::dict choose_config(const std::string& op_name, int64_t m, int64_t n, int64_t k, int64_t r, const std::string& dtype,
                        const std::string& device, const std::optional<std::string>& level,
                        const std::optional<bool>& has_tiles, int arch, int sm_count, bool is_aligned, int members,
-                       int64_t b_in, int64_t b_out, bool interleave, int64_t kept, int64_t group, int64_t pairs) {
+                       int64_t b_in, int64_t b_out, bool interleave, int64_t kept, int64_t group, int64_t entries,
+                       int64_t pairs) {
   Problem problem;
   problem.m = m, problem.n = n, problem.k = k, problem.r = r;
   problem.dtype = pick<Dtype>("dtype", dtype, {{"float32", Dtype::float32}, {"bfloat16", Dtype::bfloat16},
@@ -58,7 +59,8 @@ py::dict choose_config(const std::string& op_name, int64_t m, int64_t n, int64_t
   problem.has_tiles = has_tiles.value_or(cpu_has_tiles());
   problem.arch = arch, problem.sm_count = sm_count, problem.is_aligned = is_aligned;
   problem.members = members, problem.b_in = b_in, problem.b_out = b_out;
-  problem.interleave = interleave, problem.kept = kept, problem.group = group, problem.pairs = pairs;
+  problem.interleave = interleave, problem.kept = kept, problem.group = group;
+  problem.entries = entries, problem.pairs = pairs;
   for (const Op& op : op_table()) {
     if (op.name != op_name) continue;
     py::dict config;
@@ -79,6 +81,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("has_tiles") = py::none(),
         py::arg("arch") = 90, py::arg("sm_count") = 132, py::arg("is_aligned") = true,
         py::arg("members") = 1, py::arg("b_in") = 1, py::arg("b_out") = 1, py::arg("interleave") = true,
-        py::arg("kept") = 2, py::arg("group") = 4, py::arg("pairs") = 2,
+        py::arg("kept") = 2, py::arg("group") = 4, py::arg("entries") = 0, py::arg("pairs") = 2,
         "The configuration that op uses for this problem, as a dict; `path` is what a call is counted under, or empty.");
 }

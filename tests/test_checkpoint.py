@@ -21,7 +21,6 @@ from lowfat.tensor_file import read_tensors
 from lowfat.validate import INDEX, WEIGHTS
 
 MODELS = ("tiny_bert", "tiny_bert_base", "tiny_llama", "tiny_llama_tied", "tiny_gpt2")
-NEW_PROCESS = pytest.mark.timeout(120)  # importing transformers anew takes 4 s of an idle core, a minute of a crowded one
 PACKAGE = str(Path(checkpoint.__file__).parent.parent)
 
 
@@ -87,7 +86,6 @@ def test_load_gives_the_same_model(model, tmp_path):
     assert not loaded.training
 
 
-@NEW_PROCESS
 def test_load_is_the_first_to_need_transformers(tiny_bert, tmp_path):
     # `import lowfat; lowfat.load(folder)`, and nothing else: then the quantizer's own import is what is waited for
     checkpoint.save(shrink(tiny_bert), tmp_path / "out")
@@ -117,7 +115,6 @@ def test_save_pretrained_writes_what_save_writes(model, tmp_path):
         assert first == {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}, name
 
 
-@NEW_PROCESS
 def test_export_dense_opens_without_lowfat(request, tmp_path):
     models = {name: shrink(request.getfixturevalue(name)) for name in MODELS}
     for name, model in models.items():
@@ -157,7 +154,6 @@ def test_config_gains_one_section(tiny_bert, tmp_path):
         "structure": "LowRank", "in_features": 32, "out_features": 32, "rank": 5, "bias": True}
 
 
-@NEW_PROCESS
 def test_plain_transformers_stops(tiny_bert, tiny_gpt2, tmp_path):
     """Decision 10. With a dense checkpoint saved to the same folder before: it must not be found and opened instead."""
     tiny_bert.save_pretrained(tmp_path / "bert")
@@ -172,7 +168,6 @@ def test_plain_transformers_stops(tiny_bert, tiny_gpt2, tmp_path):
     assert text.count("no file named model.safetensors") == 3
 
 
-@NEW_PROCESS
 @pytest.mark.parametrize("first", [
     # find_spec asks for the module without importing it
     "import lowfat.checkpoint, importlib.util; assert 'transformers' not in sys.modules; "

@@ -22,8 +22,6 @@ from lowfat.recovery import finetune
 from test_resume import dense_model, dying, stages_of, where
 from tiny_text import rows, tokenizer
 
-pytestmark = pytest.mark.timeout(180)  # each makes several models, some in several processes
-
 TRAIN, TEST = rows(16), rows(40)[16:]
 
 

@@ -126,7 +126,6 @@ def readme_commands() -> list[list[str]]:
 
 @needs_readme
 @wheel
-@pytest.mark.timeout(180)  # it trains twice
 def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
     code = "".join(block for block in blocks("python") if block != whole_script())
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -136,7 +135,6 @@ def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
 
 @needs_readme
 @wheel
-@pytest.mark.timeout(180)
 def test_the_script_of_the_readme_trains_from_scratch(tmp_path):
     """As it stands, but for fewer steps; it asks for forty lines at most."""
     assert len(whole_script().splitlines()) <= 40

@@ -173,7 +173,6 @@ def embeddings(model, batches):
     return torch.cat(found)
 
 
-@pytest.mark.timeout(180)  # a minute where the cores are shared
 def test_on_a_real_encoder_whitened_beats_svd_and_allocated_is_no_worse():
     """Mean cosine to the dense embeddings of 64 docstrings at half the parameters."""
     from lowfat.docstrings import docstring_pairs

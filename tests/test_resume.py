@@ -58,8 +58,6 @@ def run_straight_through(work, **changes):
     return straight_through(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
 
-pytestmark = pytest.mark.timeout(180)  # each makes several runs, of training among them
-
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
         "straight_through": run_straight_through}
 

@@ -8,11 +8,11 @@ bench/data/adapters; results/adapters.md is made from results/adapters.json.
 """
 import argparse
 import json
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,6 +26,7 @@ from lowfat.data import read_rows
 from lowfat.demo import ENCODER_SHA256, encoder_folder
 from lowfat.evaluate import evaluate
 from lowfat.layers import adaptable
+from lowfat.measured import header
 from lowfat.storage import write_json
 from lowfat.structures.structure import sizes
 
@@ -50,12 +51,12 @@ def waveft(model: nn.Module) -> None:
                                                  target_modules=list(adaptable(model, None))))
 
 
-def wavelet(rank: int = RANK, **options) -> Callable[[nn.Module], None]:
-    return lambda model: lowfat.adapt(model, rank=rank, alpha=ALPHA * rank / RANK, **options) and None
+def wavelet(rank: int = RANK, **options) -> Callable[[nn.Module], object]:
+    return partial(lowfat.adapt, rank=rank, alpha=ALPHA * rank / RANK, **options)
 
 
-ADAPTERS: dict[str, Callable[[nn.Module], None]] = {
-    "none, the head alone": lambda model: model.requires_grad_(False) and None, "LoRA": lora, "WaveFT": waveft,
+ADAPTERS: dict[str, Callable[[nn.Module], object]] = {
+    "none, the head alone": lambda model: model.requires_grad_(False), "LoRA": lora, "WaveFT": waveft,
     "Wavelet, haar, diag": wavelet(), "Wavelet, db2, diag": wavelet(filter="db2"),
     "Wavelet, haar, all": wavelet(RANK // 2, subbands="all")}
 
@@ -140,9 +141,7 @@ def main() -> None:
     if not parser.parse_args().page:
         rows = [trained(name, rate, SEEDS[0]) for name in ADAPTERS for rate in RATES]
         rows += [trained(name, best_rate(name, rows), seed) for name in ADAPTERS for seed in SEEDS[1:]]
-        about = {"torch": torch.__version__, "peft": peft.__version__, "threads": torch.get_num_threads(),
-                 "cores": os.cpu_count()}
-        write_json(table, {"about": about, "rows": rows})
+        write_json(table, {"about": header(torch.get_num_threads()) | {"peft": peft.__version__}, "rows": rows})
     (quality.RESULTS / "adapters.md").write_text(page(json.loads(table.read_text())))
 
 

@@ -1,8 +1,8 @@
-"""low_rank_sparse on the CPU against SLTrain's public method.
+"""low_rank_sparse on the CPU against SLTrain's published method.
 
     python bench/ops/low_rank_sparse_cpu.py [--out bench/results/low_rank_sparse_cpu]
 
-Writes OUT.json and OUT.md. The public method, in plain torch (2406.02214 and its code): W = scale u v by one product,
+Writes OUT.json and OUT.md. The published method, in plain torch (2406.02214 and its code): W = scale u v by one product,
 scatter_add of the values at flat int64 places, a dense product; backward makes W again, and dW, from which it takes all
 gradients. Steps are forward and backward with the gradients of everything; decode is a forward of few rows. Medians over
 neighbouring calls in one process; decode's weights were not read for twice the last-level cache."""
@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from lowfat import LowRankSparse, _native
 from lowfat.bench.gates import Chain, chain, failed_gates
+from lowfat.bench.low_rank_sparse import known, products
 from lowfat.bench.timing import last_level_cache_bytes
 from lowfat.measured import header, markdown
 from lowfat.ops import low_rank_sparse
@@ -32,9 +33,9 @@ STEPS = ((512, 512, 128, 2048), (1024, 1024, 256, 2048), (512, 2048, 128, 1024),
 DECODE = ((4096, 4096, 512), (4096, 14336, 1024), (768, 768, 192), (512, 512, 128))  # k, n, r
 ROWS = (1, 4, 8, 16)
 STEP_COLUMNS = {"shape": "k → n, r", "m": "m", "plan": "plan", "ran": "ran", "ms": "step ms",
-                "forward_ms": "of it forward", "public_ms": "public method ms", "faster": "× faster",
+                "forward_ms": "of it forward", "published_ms": "published method ms", "faster": "× faster",
                 "quartiles": "quartiles", "dense_ms": "dense layer ms", "dense_faster": "× dense", "gates": "gates"}
-DECODE_COLUMNS = {"shape": "k → n, r", "m": "m", "ran": "ran", "us": "µs", "public_us": "public method µs",
+DECODE_COLUMNS = {"shape": "k → n, r", "m": "m", "ran": "ran", "us": "µs", "published_us": "published method µs",
                   "faster": "× faster", "quartiles": "quartiles", "gb_per_s": "GB/s", "dense_us": "dense F.linear µs",
                   "dense_faster": "× dense", "gates": "gates"}
 
@@ -51,23 +52,31 @@ class Layer:
     weight: Tensor  # [n, k], of the dense layer
 
     def ours(self, x: Tensor) -> Tensor:
-        return low_rank_sparse(x, self.v, self.u, self.values, self.starts, self.columns, self.bias, scale=SCALE)
+        return low_rank_sparse(x, *self.operands, scale=SCALE)
 
-    def public(self, x: Tensor) -> Tensor:
-        return Public.apply(x, self.v, self.u, self.values, self.places, self.bias)
+    def published(self, x: Tensor) -> Tensor:
+        return Published.apply(x, self.v, self.u, self.values, self.places, self.bias)
 
     def dense(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def failed(self, x: Tensor) -> list[str]:
+        """Gates of the forward."""
+        return failed_gates(self.ours(x), products(x, *self.operands, scale=SCALE), known(x, *self.operands, scale=SCALE))
 
     def leaves(self, name: str) -> list[Tensor]:
         return [self.weight, self.bias] if name == "dense" else [self.v, self.u, self.values, self.bias]
 
     @property
+    def operands(self) -> tuple[Tensor, ...]:
+        return self.v, self.u, self.values, self.starts, self.columns, self.bias
+
+    @property
     def read_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.v, self.u, self.values, self.starts, self.columns, self.bias))
+        return sum(t.numel() * t.element_size() for t in self.operands)
 
 
-class Public(torch.autograd.Function):
+class Published(torch.autograd.Function):
     """SLTrain as published: W in both directions, dense dW."""
 
     @staticmethod
@@ -77,12 +86,12 @@ class Public(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, v, u, values, places, bias):
         ctx.save_for_backward(x, v, u, values, places)
-        return linear(x, Public.weight(v, u, values, places), bias)
+        return linear(x, Published.weight(v, u, values, places), bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, v, u, values, places = ctx.saved_tensors
-        dx, dw = dy @ Public.weight(v, u, values, places), dy.T @ x
+        dx, dw = dy @ Published.weight(v, u, values, places), dy.T @ x
         return dx, SCALE * (u.T @ dw), SCALE * (dw @ v.T), dw.flatten()[places], None, dy.sum(0)
 
 
@@ -110,24 +119,9 @@ def ran(paths: list[tuple[str, str]], call: Callable) -> str:
 
 # --- judged before it is timed ---
 
-def known(x: Tensor, layer: Layer) -> Chain:
-    """y in fp64, for the gates; the middles may be rounded."""
-    n, k = layer.weight.shape
-    sparse = torch.zeros(n * k, dtype=torch.float64).index_put((layer.places,), layer.values.double()).view(n, k)
-    low, rest = chain(x, layer.v.T, layer.u.T), chain(x, sparse.T, bias=layer.bias)
-    return Chain(SCALE * low.y64 + rest.y64, [SCALE * mid for mid in low.mids], SCALE * low.magnitude + rest.magnitude,
-                 low.length + rest.length, low.roundings)
-
-
-def framework(x: Tensor, layer: Layer) -> Tensor:
-    n, k = layer.weight.shape
-    sparse = torch.zeros(n * k, dtype=x.dtype).index_put((layer.places,), layer.values).view(n, k)
-    return linear(linear(x, layer.v) * SCALE, layer.u, layer.bias) + linear(x, sparse)
-
-
 def gradient_gates(x: Tensor, dy: Tensor, layer: Layer) -> list[str]:
     """Of dvalues, which no dense product gives; the others are judged by the tests."""
-    found, theirs = (torch.autograd.grad(call(x), [layer.values], dy)[0] for call in (layer.ours, layer.public))
+    found, theirs = (torch.autograd.grad(call(x), [layer.values], dy)[0] for call in (layer.ours, layer.published))
     full, k = chain(dy.T, x.detach()), x.shape[1]
     at = layer.places // k, layer.places % k
     return failed_gates(found, theirs, Chain(full.y64[at], [], full.magnitude[at], full.length, full.roundings))
@@ -138,11 +132,11 @@ def gradient_gates(x: Tensor, dy: Tensor, layer: Layer) -> list[str]:
 def step_row(k: int, n: int, r: int, m: int, dtype: torch.dtype, seconds: float) -> dict:
     layer = made(k, n, r, dtype, LowRankSparse(k, n, rank=1, density=DENSITY, bias=False))
     x, dy = torch.randn(m, k, dtype=dtype).requires_grad_(), torch.randn(m, n, dtype=dtype)
-    calls = {"ours": layer.ours, "public": layer.public, "dense": layer.dense}
+    calls = {"ours": layer.ours, "published": layer.published, "dense": layer.dense}
     for name in ("ours", "dense"):
         for t in layer.leaves(name):
             t.requires_grad_()
-    plan = _native.native.choose_config("low_rank_sparse", m=m, n=n, k=k, r=r, kept=len(layer.values),
+    plan = _native.native.choose_config("low_rank_sparse", m=m, n=n, k=k, r=r, entries=len(layer.values),
                                         dtype=str(dtype).removeprefix("torch."))["path"] if _native.native else "reference"
 
     def step(name: str) -> tuple[float, float]:
@@ -155,18 +149,18 @@ def step_row(k: int, n: int, r: int, m: int, dtype: torch.dtype, seconds: float)
     slowest = max(step(name)[1] for name in calls)
     kernel = ran([("low_rank_sparse", plan), ("low_rank_sparse_backward", "kernels")], lambda: step("ours"))
     with torch.no_grad():
-        gates = failed_gates(layer.ours(x), framework(x, layer), known(x, layer))
+        gates = layer.failed(x)
     gates += gradient_gates(x, dy, layer)
     times = {name: [] for name in calls}
     for i in range(max(3, round(seconds / slowest))):
         for name in calls if i % 2 else reversed(calls):
             times[name].append(step(name))
     whole = {name: [total * 1e3 for _, total in pairs] for name, pairs in times.items()}
-    low, middle, high = ratio(whole["public"], whole["ours"])
+    low, middle, high = ratio(whole["published"], whole["ours"])
     return {"k": k, "n": n, "r": r, "m": m, "dtype": str(dtype).removeprefix("torch."), "plan": plan, "ran": kernel,
             "repeats": len(times["ours"]), "ms": median(whole["ours"]), "least_ms": min(whole["ours"]),
-            "forward_ms": median(forward * 1e3 for forward, _ in times["ours"]), "public_ms": median(whole["public"]),
-            "public_least_ms": min(whole["public"]), "dense_ms": median(whole["dense"]), "faster": middle, "faster_low": low,
+            "forward_ms": median(forward * 1e3 for forward, _ in times["ours"]), "published_ms": median(whole["published"]),
+            "published_least_ms": min(whole["published"]), "dense_ms": median(whole["dense"]), "faster": middle, "faster_low": low,
             "faster_high": high, "dense_faster": ratio(whole["dense"], whole["ours"])[1], "failed_gates": gates}
 
 
@@ -177,9 +171,9 @@ def decode_rows(k: int, n: int, r: int, rows: list[int], dtype: torch.dtype, sec
     found = []
     for m in rows:
         x = torch.randn(m, k, dtype=dtype)
-        names = ("ours", "public", "dense")
+        names = ("ours", "published", "dense")
         kernel = ran([("low_rank_sparse", "decode")], lambda: layers[0].ours(x))
-        gates = failed_gates(layers[0].ours(x), framework(x, layers[0]), known(x, layers[0]))
+        gates = layers[0].failed(x)
         times, spent, i = {name: [] for name in names}, 0.0, 0
         while spent < seconds or i < 5:
             for name in names if i % 2 else reversed(names):
@@ -188,10 +182,10 @@ def decode_rows(k: int, n: int, r: int, rows: list[int], dtype: torch.dtype, sec
                 call(x)
                 times[name].append((time.perf_counter() - start) * 1e6)
             i, spent = i + 1, spent + sum(each[-1] for each in times.values()) / 1e6
-        low, middle, high = ratio(times["public"], times["ours"])
+        low, middle, high = ratio(times["published"], times["ours"])
         us = median(times["ours"])
         found.append({"k": k, "n": n, "r": r, "m": m, "dtype": str(dtype).removeprefix("torch."), "ran": kernel,
-                      "repeats": i, "us": us, "least_us": min(times["ours"]), "public_us": median(times["public"]),
+                      "repeats": i, "us": us, "least_us": min(times["ours"]), "published_us": median(times["published"]),
                       "dense_us": median(times["dense"]), "faster": middle, "faster_low": low, "faster_high": high,
                       "dense_faster": ratio(times["dense"], times["ours"])[1], "gb_per_s": least / us / 1e3,
                       "failed_gates": gates})
@@ -209,7 +203,7 @@ def summary(result: dict) -> dict:
             if not mine:
                 continue
             least = min(mine, key=lambda row: row["faster"])
-            what = f"{dtype}: {kind}, times faster than the public method, least ({shape(least)}, m = {least['m']})"
+            what = f"{dtype}: {kind}, times faster than the published method, least ({shape(least)}, m = {least['m']})"
             found[what] = {"found": least["faster"], "at_least": TARGET, "met": least["faster"] >= TARGET}
             least = min(mine, key=lambda row: row["dense_faster"])
             what = f"{dtype}: {kind}, times faster than a dense layer, least ({shape(least)}, m = {least['m']})"
@@ -236,10 +230,10 @@ def verdict(one: dict) -> str:
 
 def report(result: dict) -> str:
     about = result["header"]
-    text = ["# low_rank_sparse on the CPU against SLTrain's public method", "",
+    text = ["# low_rank_sparse on the CPU against SLTrain's published method", "",
             f"{about['cpu']}, {about['cores']} cores, {about['threads']} thread(s), load {about['load'][0]} at the start; "
             f"torch {about['torch']}, lowfat {about['lowfat']} ({about['compiler']}), level {about['level']}; "
-            f"{about['date']}. {DENSITY:.0%} of the entries, scale {SCALE}, with bias. The public method in plain torch: "
+            f"{about['date']}. {DENSITY:.0%} of the entries, scale {SCALE}, with bias. The published method in plain torch: "
             f"one product and `scatter_add` make W, in forward and again in backward, and all gradients come from a dense "
             f"dW. Medians of one process; × faster is the median over pairs of neighbouring calls, below 1 a loss. Decode "
             f"reads weights from memory. Made by `python bench/ops/low_rank_sparse_cpu.py`.", ""]

@@ -12,6 +12,7 @@ enum class Path { empty, decode, library };
 
 constexpr int64_t kTaskBytes = 256 << 10;    // of weights: below, handing a task to a thread costs more than it saves
 constexpr int64_t kThreadedBytes = 1 << 20;  // of all factors: below, one thread is done before others have woken up
+constexpr int64_t kRowTile = 4;               // of every product's kernel
 
 inline int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
 

@@ -139,11 +139,9 @@ Gradients dictionary_backward_cuda(const Tensor& dy_any, const Tensor& x_any, co
   if (s.m == 0) return no_gradients(s, x_any, needs);
   const Arguments in(s, dy_any, x_any, h_any, d_any, values_any, support_any, needs);
   const Launches on{"dictionary_backward", s, gpu_of(device), current_cuda_stream(device)};
-  Problem problem;
-  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.a, problem.kept = s.s;
-  problem.b_out = s.b_out, problem.b_in = s.b_in;
-  problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = on.gpu.arch, problem.sm_count = on.gpu.sm_count;
-  problem.is_aligned = is_aligned(in.dy) && is_aligned(in.values) && (!in.h || is_aligned(*in.h));
+  const bool aligned = is_aligned(in.dy) && is_aligned(in.values) && (!in.h || is_aligned(*in.h));
+  Problem problem = on_gpu({s.m, s.n, s.k, s.a, s.dtype}, on.gpu, aligned);
+  problem.b_out = s.b_out, problem.b_in = s.b_in, problem.kept = s.s;
   const sparse24::BackwardPlan plan = choose_backward(problem, static_cast<int>(needs));
   const Tensor mask = needs & ~kNeedsDb ? on.bitmap(in.support) : in.support;  // of db alone nobody reads it
   Inner inner = plan.tile == 0 || needs == 0 ? library(on, in, mask, needs) : kernels(on, plan, in, mask, needs);

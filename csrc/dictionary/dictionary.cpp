@@ -25,11 +25,6 @@ struct Operands {
   std::optional<Tensor> bias;
 };
 
-template <class T>
-const T* data_of(const Tensor& t, int64_t first = 0) {
-  return static_cast<const T*>(t.const_data_ptr()) + first;
-}
-
 // --- decode: d and values go by once ---
 
 // Products with `rows` rows of weights each, as one run of row tiles: tasks need not end where a product does.

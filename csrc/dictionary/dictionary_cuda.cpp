@@ -88,11 +88,9 @@ Result forward_cuda(const Tensor& x, const Tensor& d, const Tensor& values, cons
   const Arguments in(s, x, d, values, support, bias);
   const Launches on{"dictionary", s, gpu_of(device), current_cuda_stream(device)};
   const Tensor mask = on.bitmap(in.support);
-  Problem problem;
-  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.a, problem.kept = s.s;
-  problem.b_out = s.b_out, problem.b_in = s.b_in;
-  problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = on.gpu.arch, problem.sm_count = on.gpu.sm_count;
-  problem.is_aligned = is_aligned(in.x) && is_aligned(in.d) && is_aligned(in.values) && is_aligned(mask);
+  const bool aligned = is_aligned(in.x) && is_aligned(in.d) && is_aligned(in.values) && is_aligned(mask);
+  Problem problem = on_gpu({s.m, s.n, s.k, s.a, s.dtype}, on.gpu, aligned);
+  problem.b_out = s.b_out, problem.b_in = s.b_in, problem.kept = s.s;
   const ForwardPlan plan = choose_forward(problem);
   if (plan.token_tiles > 0 && decode(on, in, mask, plan, result, keep_h)) return result;
   auto [y, h] = library(on, in, mask);

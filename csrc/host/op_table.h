@@ -24,11 +24,13 @@ struct Problem {
   int members = 1;                    // of a group, all with these sizes
   int64_t b_in = 1, b_out = 1;        // blocks of k and of n; r is then the rank of a block
   bool interleave = true;             // outputs of a block are b_out apart, and no run
-  int64_t kept = 2, group = 4;        // of every group this many are kept; of r atoms and every row, where there
-                                      // are atoms; entries in all of an S with entries anywhere
+  int64_t kept = 2, group = 4;        // of every group this many are kept; of r atoms and every row, where there are atoms
+  int64_t entries = 0;                // of a sparse part, in all
   int64_t pairs = 2;                  // of subbands, each with factors of its own
   bool has_tiles = false;             // device cpu: the library multiplies tiles of bfloat16
 };
+
+inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 inline Problem on_this_cpu(Problem problem) {
   problem.level = cpu_level(), problem.has_tiles = cpu_has_tiles();

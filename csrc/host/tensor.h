@@ -91,6 +91,15 @@ inline int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
+template <class T>
+const T* data_of(const Tensor& t, int64_t first = 0) {
+  return static_cast<const T*>(t.const_data_ptr()) + first;
+}
+template <class T>
+T* data_to(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 // What kernels that load 16 bytes at a time need of an operand's start.
 inline bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 

@@ -72,8 +72,7 @@ Gradients library(const Sizes& s, const Arguments& in, const Tensor& x, int64_t 
 BackwardPlan plan_of(const Sizes& s, const Arguments& in, int64_t needs, bool is_added, const Gpu& gpu) {
   const bool aligned =
       is_aligned(in.dy) && is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u) && (!in.h || is_aligned(*in.h));
-  const Problem problem{s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned};
-  return choose_backward(problem, static_cast<int>(needs), is_added);
+  return choose_backward(on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, aligned), static_cast<int>(needs), is_added);
 }
 
 struct Destinations {  // null where not wanted

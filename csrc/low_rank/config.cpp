@@ -8,20 +8,16 @@
 namespace low_rank {
 namespace {
 
-constexpr int64_t kRowTile = 4;
-
-int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 Config cpu_config(const Problem& p) {
   Config config;
   if (p.dtype != Dtype::float32 && p.dtype != Dtype::bfloat16) return config;
   if (p.m > cpu::most_tokens(p)) return config;
   config.path = Path::decode;
-  config.row_tile = kRowTile;
+  config.row_tile = cpu::kRowTile;
   const int64_t bytes = element_bytes(p.dtype);
   if (p.r * (p.k + p.n) * bytes >= cpu::kThreadedBytes) {
-    config.first_grain = cpu::grain_of(kRowTile * std::max<int64_t>(1, p.k) * bytes);
-    config.second_grain = cpu::grain_of(kRowTile * p.r * bytes);
+    config.first_grain = cpu::grain_of(cpu::kRowTile * std::max<int64_t>(1, p.k) * bytes);
+    config.second_grain = cpu::grain_of(cpu::kRowTile * p.r * bytes);
   }
   return config;
 }

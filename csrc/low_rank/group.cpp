@@ -119,8 +119,7 @@ std::vector<Tensor> decode_cuda(const Tensor& x, const Members& in, bool is_swig
   const torch::stable::accelerator::DeviceGuard guard(device);
   const GroupOperands operands(x, in);
   const Gpu gpu = gpu_of(device);
-  const Problem problem{s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count,
-                        operands.has_aligned_starts()};
+  const Problem problem = on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, operands.has_aligned_starts());
   const GroupPlan plan = choose_group(problem, count, operands.n, operands.r, is_swiglu);
   if (plan.token_tiles == 0) return y;
   void* stream = current_cuda_stream(device);

@@ -8,8 +8,7 @@
 #include <tuple>
 
 #include "cpu/config.h"
-#include "cpu/lines.h"
-#include "cpu/product.h"
+#include "cpu/run.h"
 #include "host/call_counter.h"
 #include "host/tensor.h"
 #include "low_rank/forward.h"
@@ -21,18 +20,6 @@ namespace {
 CallCounter decode_calls("low_rank", "cpu", "decode"), library_calls("low_rank", "cpu", "library");
 
 constexpr std::array<const char*, 5> kActivations{"none", "relu", "gelu", "gelu_tanh", "silu"};  // in their order
-
-void multiply(const cpu::Kernel& kernel, cpu::Product product, int64_t grain) {
-  cpu::Lines prepared;
-  if (const int64_t bytes = kernel.prepared_bytes(product.m, product.depth)) {
-    prepared = cpu::new_lines(bytes);
-    kernel.prepare(product, prepared.get());
-    product.x = prepared.get();
-  }
-  const int64_t tiles = (product.rows + kernel.row_tile - 1) / kernel.row_tile;
-  if (grain == 0) return kernel.multiply(product, 0, tiles);
-  torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) { kernel.multiply(product, first, last); });
-}
 
 cpu::Product first(const Operands& in, const Sizes& s, const void* x, void* h) {
   return {x, in.v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, s.k, s.r, in.u.const_data_ptr()};
@@ -53,7 +40,7 @@ Result product_cpu(const Sizes& s, const Operands& in, bool keep_h) {
   if (config.path == Path::empty) return result;
 
   decode_calls.count();
-  const int64_t bytes = s.dtype == Dtype::float32 ? 4 : 2, most = cpu::slice_of(s.m);
+  const int64_t bytes = element_bytes(s.dtype), most = cpu::slice_of(s.m);
   cpu::Lines h_inside;
   if (!keep_h) h_inside = cpu::new_lines(most * s.r * bytes);
   const auto* x = static_cast<const char*>(in.x.const_data_ptr());
@@ -64,8 +51,8 @@ Result product_cpu(const Sizes& s, const Operands& in, bool keep_h) {
     slice.m = std::min(most, s.m - token);
     void* h = keep_h ? kept + token * s.r * bytes : h_inside.get();
     const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, slice.m);
-    multiply(kernel, first(in, slice, x + token * s.k * bytes, h), config.first_grain);
-    multiply(kernel, second(in, slice, h, y + token * s.n * bytes), config.second_grain);
+    cpu::multiply(kernel, first(in, slice, x + token * s.k * bytes, h), config.first_grain);
+    cpu::multiply(kernel, second(in, slice, h, y + token * s.n * bytes), config.second_grain);
   }
   return result;
 }

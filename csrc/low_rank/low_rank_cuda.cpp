@@ -137,12 +137,12 @@ Result forward_cuda(const Who& who, const Tensor& x, const Tensor& v, const Tens
   if (epilogue.residual) residual = as_contiguous(*epilogue.residual);
   const Gpu gpu = gpu_of(device);
   const bool aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u) && (!residual || is_aligned(*residual));
-  const Config config =
-      choose_config({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned});
+  const Config config = choose_config(on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, aligned));
   if (config.path == Path::library) return by_library(in, epilogue);
 
   Result result{empty_rows(in.x, s.kind, s.n), std::nullopt};
-  const bool writes_h = keep_h || (config.path != Path::empty && config.path != Path::decode);  // decode has it in its blocks
+  // decode has h in its blocks
+  const bool writes_h = keep_h || (config.path != Path::empty && config.path != Path::decode);
   if (writes_h) result.h = empty_rows(in.x, s.kind, s.r);
   if (config.path == Path::empty) return result;
   Call call{who, in, s, epilogue, config, gpu, current_cuda_stream(device), std::move(result), std::move(residual)};

@@ -161,8 +161,7 @@ std::optional<Tensor> decode_cuda(const Sizes& s, const Tensor& x_any, const Ten
   const int device = s.kind.device_index;
   const Gpu gpu = gpu_of(device);
   const bool aligned = is_aligned(x) && is_aligned(v) && is_aligned(c) && is_aligned(pivots);
-  const DecodePlan plan =
-      choose_pivoted({s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, aligned});
+  const DecodePlan plan = choose_pivoted(on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, aligned));
   if (plan.token_tiles == 0) return std::nullopt;
   void* stream = current_cuda_stream(device);
   uint64_t* counter = barrier_counter(kWho.op, device, stream, plan.grid, gpu.arch);

@@ -19,18 +19,18 @@ constexpr double kWeightCost = 40;   // an element of W
 CpuConfig decode_config(const Problem& p) {
   CpuConfig config;
   config.path = CpuPath::decode;
-  const int64_t bytes = p.dtype == Dtype::float32 ? 4 : 2, index_bytes = p.k <= INT16_MAX + 1 ? 2 : 4;
-  const int64_t sparse_bytes = p.kept * (bytes + index_bytes);
+  const int64_t bytes = element_bytes(p.dtype), index_bytes = p.k <= INT16_MAX + 1 ? 2 : 4;
+  const int64_t sparse_bytes = p.entries * (bytes + index_bytes);
   const int64_t row_bytes = p.r * bytes + sparse_bytes / std::max<int64_t>(1, p.n);
   if (p.r * (p.k + p.n) * bytes + sparse_bytes >= cpu::kThreadedBytes) {
-    config.first_grain = cpu::grain_of(p.k * bytes);
-    config.second_grain = cpu::grain_of(row_bytes);
+    config.first_grain = cpu::grain_of(cpu::kRowTile * std::max<int64_t>(1, p.k) * bytes);
+    config.second_grain = cpu::grain_of(cpu::kRowTile * row_bytes);
   }
   return config;
 }
 
 double split_cost(const Problem& p) {
-  const auto m = static_cast<double>(p.m), r = static_cast<double>(p.r), entries = static_cast<double>(p.kept);
+  const auto m = static_cast<double>(p.m), r = static_cast<double>(p.r), entries = static_cast<double>(p.entries);
   const auto features = static_cast<double>(p.k) + static_cast<double>(p.n);
   const auto tokens = static_cast<double>(cpu::parts_of(p.m, kBlockTokens) * kBlockTokens);
   return m * r * features + (entries > 0 ? tokens * (entries * kEntryCost + features * kFeatureCost) : 0);

@@ -17,19 +17,19 @@ bool has_type(const Problem& p) { return p.dtype == Dtype::bfloat16 || p.dtype =
 // and more, is what to measure first.
 DecodePlan choose_decode(const Problem& p) {
   if (!has_type(p) || !p.is_aligned || p.m > kDecodeTokens) return DecodePlan();
-  return plan_decode(p.m, p.n, p.k, p.r, p.kept, p.sm_count, shared_memory_of(p.arch));
+  return plan_decode(p.m, p.n, p.k, p.r, p.entries, p.sm_count, shared_memory_of(p.arch));
 }
 
 // Shared memory of other GPUs than those this build has machine code for: see shared_memory_of.
 MaterializePlan choose_materialize(const Problem& p) {
   if (!has_type(p) || !p.is_aligned || shared_memory_of(p.arch) < kTileSmemBytes) return MaterializePlan();
-  return plan_materialize(p.n, p.k, p.r, p.kept, p.sm_count);
+  return plan_materialize(p.n, p.k, p.r, p.entries, p.sm_count);
 }
 
 BackwardPlan choose_backward(const Problem& p, int needs) {
   const bool has_kernel = has_type(p) && p.is_aligned && shared_memory_of(p.arch) >= kTileSmemBytes;
   if (!has_kernel || p.m < kBackwardRows) return {};
-  return plan_backward(p.m, p.n, p.k, p.kept, needs, p.sm_count);
+  return plan_backward(p.m, p.n, p.k, p.entries, needs, p.sm_count);
 }
 
 Described describe_low_rank_sparse_cuda(const Problem& p) {

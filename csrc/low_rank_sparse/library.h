@@ -52,10 +52,8 @@ struct Launches {
   void done(const char* error) const { check_launch(op, error, gpu.arch); }
 
   Problem problem() const {
-    Problem problem;
-    problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.kept = s.nnz;
-    problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = gpu.arch, problem.sm_count = gpu.sm_count;
-    problem.is_aligned = in.are_aligned();
+    Problem problem = on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, in.are_aligned());
+    problem.entries = s.nnz;
     return problem;
   }
 
@@ -84,14 +82,12 @@ struct Launches {
     const Tensor values = empty(s.kind, {s.nnz});
     if (s.nnz > 0) {
       const DenseOperands operands{dense.const_data_ptr(), values.mutable_data_ptr(), support()};
-      done(launch_select_entries(operands, element_bytes(s.dtype), gpu.sm_count, stream));
+      done(launch_select_entries(operands, static_cast<int>(element_bytes(s.dtype)), gpu.sm_count, stream));
     }
     return values;
   }
 
  private:
-  static int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
   // The same by the library, whose result is of float at least until S has been added.
   Tensor library_weight() const {
     using torch::headeronly::ScalarType;
@@ -102,7 +98,7 @@ struct Launches {
     const Tensor w = scaled_product(kind, wide(in.u), wide(in.v), scale), values = wide(in.values);
     if (s.nnz > 0) {
       const DenseOperands operands{values.const_data_ptr(), w.mutable_data_ptr(), support()};
-      done(launch_add_entries(operands, is_half ? 4 : element_bytes(s.dtype), gpu.sm_count, stream));
+      done(launch_add_entries(operands, is_half ? 4 : static_cast<int>(element_bytes(s.dtype)), gpu.sm_count, stream));
     }
     if (!is_half) return w;
     return torch::stable::to(w, s.dtype == Dtype::bfloat16 ? ScalarType::BFloat16 : ScalarType::Half);

@@ -4,6 +4,8 @@
 #include <string>
 #include <tuple>
 
+#include "cpu/config.h"
+#include "cpu/run.h"
 #include "host/call_counter.h"
 #include "low_rank/forward.h"
 #include "low_rank_sparse/low_rank_sparse_cpu_products.h"
@@ -37,40 +39,13 @@ struct Result {
 
 // --- decode: v, then u and S beside each other, go by once ---
 
-// What a product's kernel reads x as.
-class Prepared {
- public:
-  Prepared(const cpu::Kernel& kernel, const cpu::Product& product) : x_(product.x) {
-    const int64_t bytes = kernel.prepared_bytes(product.m, product.depth);
-    if (bytes == 0) return;
-    lines_ = cpu::new_lines(bytes);
-    kernel.prepare(product, lines_.get());
-    x_ = lines_.get();
-  }
-  const void* x() const { return x_; }
-
- private:
-  const void* x_;
-  cpu::Lines lines_;
-};
-
-template <class Multiply>
-void for_tiles(int64_t rows, int64_t row_tile, int64_t grain, const Multiply& multiply) {
-  const int64_t tiles = (rows + row_tile - 1) / row_tile;
-  if (grain == 0) return multiply(0, tiles);
-  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, grain / row_tile), multiply);
-}
-
 template <class T>
 void decode(const Call& s, const CpuConfig& config, const Operands& in, double scale, T* h, T* y) {
   const cpu::Kernel kernel = cpu::kernel(cpu_level(), s.dtype, s.m);
   cpu::Product first{in.x.const_data_ptr(), in.v.const_data_ptr(), nullptr, h, s.m, s.k, s.r, s.k, s.r,
                      in.u.const_data_ptr()};
   first.scale = static_cast<float>(scale);
-  const Prepared x(kernel, first);
-  first.x = x.x();
-  for_tiles(s.r, kernel.row_tile, config.first_grain,
-            [&](int64_t begin, int64_t end) { kernel.multiply(first, begin, end); });
+  cpu::multiply(kernel, first, config.first_grain);
 
   const GatherKernel gather = kernels_of(cpu_level()).gather(s.dtype, s.is_narrow, s.m);
   const Numbers<int32_t> bounds = bounds_of(s, in.starts);
@@ -80,8 +55,8 @@ void decode(const Call& s, const CpuConfig& config, const Operands& in, double s
   if (is_sparse) gather.pack(in.x.const_data_ptr(), s.k, s.m, s.k, inputs.get());
 
   const cpu::Product second{h, in.u.const_data_ptr(), nullptr, y, s.m, s.r, s.n, s.r, s.n, nullptr};
-  const Prepared middle(kernel, second);
-  for_tiles(s.n, kernel.row_tile, config.second_grain, [&](int64_t begin, int64_t end) {
+  const cpu::Prepared middle(kernel, second);
+  const auto task = [&](int64_t begin, int64_t end) {
     alignas(64) float sums[kSliceRows * cpu::kMostTokens];
     const int64_t last = std::min(s.n, end * kernel.row_tile);
     for (int64_t row = begin * kernel.row_tile; row < last; row += kSliceRows) {
@@ -94,9 +69,12 @@ void decode(const Call& s, const CpuConfig& config, const Operands& in, double s
         gather.sum(entries, inputs.get(), s.m, row, row + rows, sums);
         slice.added = sums;
       }
-      kernel.multiply(slice, 0, (rows + kernel.row_tile - 1) / kernel.row_tile);
+      kernel.multiply(slice, 0, cpu::parts_of(rows, kernel.row_tile));
     }
-  });
+  };
+  const int64_t tiles = cpu::parts_of(s.n, kernel.row_tile);
+  if (config.second_grain == 0) return task(0, tiles);
+  torch::stable::parallel_for(0, tiles, config.second_grain, task);
 }
 
 Result decode(const Call& s, const CpuConfig& config, const Operands& in, double scale, bool keep_h) {
@@ -152,8 +130,8 @@ Result library(const Call& s, const Operands& in, double scale) {
 Result forward_cpu(const Tensor& x, const Tensor& v, const Tensor& u, const Tensor& values, const Tensor& starts,
                    const Tensor& columns, const std::optional<Tensor>& bias, double scale, bool keep_h) {
   const Call s = check(x, v, u, values, starts, columns, bias);
-  Problem problem;
-  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.kept = s.nnz, problem.dtype = s.dtype;
+  Problem problem = on_this_cpu({s.m, s.n, s.k, s.r, s.dtype});
+  problem.entries = s.nnz;
   const CpuConfig config = choose_cpu_config(problem);
   if (config.path == CpuPath::empty) return {empty_rows(x, s.kind, s.n), empty(s.kind, {0, s.r})};
 

@@ -12,11 +12,11 @@ enum class CpuPath { empty, decode, split, materialize, library };
 
 struct CpuConfig {
   CpuPath path = CpuPath::library;
-  int64_t first_grain = 0;   // decode: rows of v per task; 0: one thread does all
-  int64_t second_grain = 0;  // decode: rows of u and S per task
+  int64_t first_grain = 0;   // decode: row tiles of v per task; 0: one thread does all
+  int64_t second_grain = 0;  // decode: row tiles of u and S per task
 };
 
-CpuConfig choose_cpu_config(const Problem& problem);  // kept: entries of S
+CpuConfig choose_cpu_config(const Problem& problem);
 
 // S as the kernels read it: nothing in it leads outside of any tensor.
 struct Entries {

@@ -144,7 +144,7 @@ ReadSupport read_support(const Call& s, const Tensor& values, const Tensor& star
 ReadSupport transposed(const ReadSupport& support) {
   const int64_t count = support.bounds[support.rows];
   ReadSupport to{support.columns, support.rows, count, Numbers<int32_t>(support.columns + 1), Numbers<int32_t>(count),
-             Numbers<float>(count), {}};
+                 Numbers<float>(count), {}};
   Numbers<int32_t> next(support.columns + 1);
   std::fill_n(next.get(), support.columns + 1, 0);
   for (int64_t e = 0; e < count; ++e) ++next[support.places[e] + 1];

@@ -12,15 +12,6 @@ namespace low_rank_sparse {
 Tensor wide(const Tensor& t, const Call& s);
 Tensor rounded(const Tensor& t, const Call& s);
 
-template <class T>
-const T* data_of(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* data_to(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 // scale a b^T, in what `wide` gives.
 Tensor scaled_product(const Call& s, const Tensor& a, const Tensor& b, double scale);
 

@@ -11,8 +11,7 @@
 
 namespace low_rank_sparse {
 
-// The plan of decode for a problem's dtype, alignment and GPU; of no tokens: not with this kernel. problem.kept: entries of
-// S, all of them.
+// The plan of decode for a problem's dtype, alignment and GPU; of no tokens: not with this kernel.
 DecodePlan choose_decode(const Problem& problem);
 
 // The same of the kernel that makes the weight, whatever m is; of no tiles: the library makes it.

@@ -82,7 +82,7 @@ Gradients monarch_backward_cuda(const Tensor& dy_any, const Tensor& x_any, const
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Arguments in(s, dy_any, x_any, h_any, v_any, u_any);
   const Gpu gpu = gpu_of(device);
-  Problem problem{s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count, in.are_aligned()};
+  Problem problem = on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, in.are_aligned());
   problem.b_in = s.b_in, problem.b_out = s.b_out, problem.interleave = interleave;
   const BackwardPlan plan = choose_backward(problem, static_cast<int>(needs));
   if (!plan.is_covered || needs == 0) return library(s, in, x_any, needs);

@@ -62,8 +62,8 @@ Results run(const Tensor& x, const Tensor& v, const Tensor& u, const std::option
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Arguments in(x, v, u, bias);
   const Gpu gpu = gpu_of(device);
-  Problem problem{s.m, s.n, s.k, s.r, s.dtype, Device::cuda, CpuLevel::scalar, gpu.arch, gpu.sm_count};
-  problem.is_aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
+  const bool aligned = is_aligned(in.x) && is_aligned(in.v) && is_aligned(in.u);
+  Problem problem = on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, aligned);
   problem.b_in = s.b_in, problem.b_out = s.b_out, problem.interleave = interleave;
   const StationaryPlan clusters = choose_stationary(problem);
   const bool is_stationary = clusters.tokens > 0;

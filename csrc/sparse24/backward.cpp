@@ -77,10 +77,9 @@ Gradients sparse24_backward_cuda(const Tensor& dy_any, const Tensor& x_any, cons
   if (s.m == 0) return no_gradients(s, x_any, needs);
   const Arguments in(s, dy_any, x_any, values_any, mask_any);
   const Gpu gpu = gpu_of(device);
-  Problem problem;
-  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.kept = kept, problem.group = group;
-  problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = gpu.arch, problem.sm_count = gpu.sm_count;
-  problem.is_aligned = is_aligned(in.dy) && is_aligned(in.x) && is_aligned(in.values);
+  const bool aligned = is_aligned(in.dy) && is_aligned(in.x) && is_aligned(in.values);
+  Problem problem = on_gpu({s.m, s.n, s.k, 0, s.dtype}, gpu, aligned);
+  problem.kept = kept, problem.group = group;
   const BackwardPlan plan = choose_backward(problem, static_cast<int>(needs));
   void* stream = current_cuda_stream(device);
   if (plan.tile == 0 || needs == 0) return library(s, in, x_any, needs, gpu, stream);

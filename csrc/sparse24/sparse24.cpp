@@ -4,8 +4,7 @@
 #include <cstring>
 
 #include "cpu/expand.h"
-#include "cpu/lines.h"
-#include "cpu/product.h"
+#include "cpu/run.h"
 #include "host/call_counter.h"
 #include "sparse24/forward.h"
 #include "sparse24/sparse24_cpu.h"
@@ -19,8 +18,6 @@ CallCounter decode_calls("sparse24", "cpu", "decode"), library_calls("sparse24",
 constexpr int64_t kTaskNumbers = 1 << 16;  // written by a thread, at least
 constexpr int64_t kBlockBytes = 8 << 20, kFewestRows = 64;  // of a weight that are written out at a time
 
-int64_t bytes_of(const Call& s) { return s.dtype == Dtype::float64 ? 8 : s.dtype == Dtype::float32 ? 4 : 2; }
-
 // Contiguous: the same bits for every layout of the same values, on whichever path.
 struct Operands {
   Tensor x, values, mask;
@@ -32,43 +29,35 @@ void decode(const Call& s, const CpuConfig& config, const Operands& in, Tensor& 
   const auto* x = static_cast<const char*>(in.x.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const void* bias = in.bias ? in.bias->const_data_ptr() : nullptr;
-  const int64_t slice = cpu::slice_of(s.m);
+  const int64_t slice = cpu::slice_of(s.m), bytes = element_bytes(s.dtype);
   for (int64_t token = 0; token < s.m; token += slice) {
     const int64_t m = std::min(slice, s.m - token);
     const cpu::Kernel kernel = cpu::masked_kernel(cpu_level(), s.dtype, m);
-    cpu::Product product{x + token * s.k * bytes_of(s), in.values.const_data_ptr(), bias, to + token * s.n * bytes_of(s),
+    cpu::Product product{x + token * s.k * bytes, in.values.const_data_ptr(), bias, to + token * s.n * bytes,
                          m, s.k, s.n, s.k, s.n, nullptr};
     product.mask = words_of(in.mask), product.kept = s.stored();
-    const cpu::Lines prepared = cpu::new_lines(kernel.prepared_bytes(m, s.k));
-    kernel.prepare(product, prepared.get());
-    product.x = prepared.get();
-    const int64_t tiles = (s.n + kernel.row_tile - 1) / kernel.row_tile;
-    if (config.grain == 0)
-      kernel.multiply(product, 0, tiles);
-    else
-      torch::stable::parallel_for(0, tiles, config.grain,
-                                  [&](int64_t first, int64_t last) { kernel.multiply(product, first, last); });
+    cpu::multiply(kernel, product, config.grain);
   }
 }
 
 // Rows of the weight from `first` on, written out.
 void expand(const Call& s, const Operands& in, int64_t first, Tensor& rows) {
-  const cpu::ExpandMask expand = cpu::expand_mask(cpu_level(), bytes_of(s));
+  const cpu::ExpandMask expand = cpu::expand_mask(cpu_level(), element_bytes(s.dtype));
   const auto* values = static_cast<const char*>(in.values.const_data_ptr());
   const uint32_t* mask = words_of(in.mask);
   auto* to = static_cast<char*>(rows.mutable_data_ptr());
-  const int64_t stored = s.stored(), words = s.words(), grain = 1 + kTaskNumbers / (1 + s.k);
+  const int64_t stored = s.stored(), words = s.words(), bytes = element_bytes(s.dtype), grain = 1 + kTaskNumbers / (1 + s.k);
   torch::stable::parallel_for(0, rows.size(0), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      expand(mask + (first + i) * words, values + (first + i) * stored * bytes_of(s), stored, s.k,
-             to + i * s.k * bytes_of(s));
+      expand(mask + (first + i) * words, values + (first + i) * stored * bytes, stored, s.k, to + i * s.k * bytes);
   });
 }
 
 // As many rows of the weight at a time as stay in the cache: memory for all of them would cost more than the product.
 Tensor library(const Call& s, const Operands& in) {
   library_calls.count();
-  const int64_t most = std::max<int64_t>(kFewestRows, kBlockBytes / std::max<int64_t>(1, s.k * bytes_of(s)));
+  const int64_t element = element_bytes(s.dtype);
+  const int64_t most = std::max<int64_t>(kFewestRows, kBlockBytes / std::max<int64_t>(1, s.k * element));
   Tensor weight = empty(s.kind, {std::min(most, s.n), s.k});
   if (weight.size(0) == s.n) {
     expand(s, in, 0, weight);
@@ -77,14 +66,14 @@ Tensor library(const Call& s, const Operands& in) {
   Tensor y = empty_rows(in.x, s.kind, s.n);
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   for (int64_t first = 0; first < s.n; first += most) {
-    const int64_t rows = std::min(most, s.n - first), bytes = rows * bytes_of(s);
+    const int64_t rows = std::min(most, s.n - first), bytes = rows * element;
     Tensor block = rows == most ? weight : torch::stable::narrow(weight, 0, 0, rows);
     expand(s, in, first, block);
     std::optional<Tensor> bias = in.bias;
     if (bias) bias = torch::stable::narrow(*bias, 0, first, rows);
     const Tensor part = library_linear(in.x, block, bias);
     const auto* from = static_cast<const char*>(part.const_data_ptr());
-    for (int64_t row = 0; row < s.m; ++row) std::memcpy(to + (row * s.n + first) * bytes_of(s), from + row * bytes, bytes);
+    for (int64_t row = 0; row < s.m; ++row) std::memcpy(to + row * s.n * element + first * element, from + row * bytes, bytes);
   }
   return y;
 }

@@ -76,10 +76,9 @@ Tensor sparse24_cuda(const Tensor& x, const Tensor& values, const Tensor& mask, 
   const Arguments in(x, values, mask, bias);
   const Gpu gpu = gpu_of(device);
   if (s.m == 0) return empty_rows(in.x, s.kind, s.n);
-  Problem problem;
-  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.kept = kept, problem.group = group;
-  problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = gpu.arch, problem.sm_count = gpu.sm_count;
-  problem.is_aligned = is_aligned(in.x) && is_aligned(in.values) && is_aligned(in.mask);
+  const bool aligned = is_aligned(in.x) && is_aligned(in.values) && is_aligned(in.mask);
+  Problem problem = on_gpu({s.m, s.n, s.k, 0, s.dtype}, gpu, aligned);
+  problem.kept = kept, problem.group = group;
   const ForwardPlan plan = choose_forward(problem);
   const PrefillPlan prefill_plan = choose_prefill(problem);
   void* stream = current_cuda_stream(device);

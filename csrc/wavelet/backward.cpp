@@ -28,7 +28,7 @@ void weigh_in_float(const Call& s, const Tensor* dh, const Tensor& x, const Tens
       for (int64_t row = first; row < last; ++row) {
         const int64_t pair = row / s.r, rank = row % s.r;
         unfold_along(data_of<float>(of_features) + row * s.k, source_of(pairs, static_cast<int>(pair)), s.k, kRootHalf,
-                     into<float>(dv) + (rank * s.pairs + pair) * s.width());
+                     data_to<float>(dv) + (rank * s.pairs + pair) * s.width());
       }
     });
   }
@@ -39,7 +39,7 @@ void weigh_in_float(const Call& s, const Tensor* dh, const Tensor& x, const Tens
       const int pair = static_cast<int>(row / s.height());
       const int64_t feature = row % s.height() * 2, step = s.pairs * s.r;
       const float *even = data_of<float>(of_features) + (feature * s.pairs + pair) * s.r, scale = s.scale * kRootHalf;
-      float* to = into<float>(du) + row * s.r;
+      float* to = data_to<float>(du) + row * s.r;
       const float sign = target_of(pairs, pair) == 0 ? 1.0f : -1.0f;
       for (int64_t j = 0; j < s.r; ++j) to[j] = scale * (feature + 1 < s.n ? even[j] + sign * even[step + j] : even[j]);
     }
@@ -59,13 +59,13 @@ void weigh_halves(const Call& s, const Tensor* dh, const Tensor& b, const Tensor
     const Tensor half = one_of(b, source_of(pairs, pair));
     const Tensor found = as_contiguous(torch::stable::matmul(across(columns_beside(s, *dh, pair)), half));  // [r, width]
     for (int64_t rank = 0; rank < s.r; ++rank) {
-      std::copy_n(data_of<E>(found) + rank * s.width(), s.width(), into<E>(dv) + (rank * pairs + pair) * s.width());
+      std::copy_n(data_of<E>(found) + rank * s.width(), s.width(), data_to<E>(dv) + (rank * pairs + pair) * s.width());
     }
   }
   for (int pair = 0; pair < pairs && h; ++pair) {
     const Tensor half = one_of(c, target_of(pairs, pair));
     const Tensor found = as_contiguous(torch::stable::matmul(across(half), columns_beside(s, *h, pair)));  // [height, r]
-    std::copy_n(data_of<E>(found), s.height() * s.r, into<E>(du) + pair * s.height() * s.r);
+    std::copy_n(data_of<E>(found), s.height() * s.r, data_to<E>(du) + pair * s.height() * s.r);
   }
 }
 
@@ -77,7 +77,7 @@ void sum_gains(const Call& s, const Tensor& weighed, const Tensor& h, const Tens
   const E *a = data_of<E>(weighed), *b = data_of<E>(h);
   for (int64_t row = 0; row < s.m; ++row, a += columns, b += columns)
     for (int64_t i = 0; i < columns; ++i) sums[i] += double{cpu::widen(a[i])} * cpu::widen(b[i]);
-  E* to = into<E>(dgain);
+  E* to = data_to<E>(dgain);
   for (int64_t i = 0; i < columns; ++i) to[i] = narrowed<E>(static_cast<float>(sums[i]));
 }
 

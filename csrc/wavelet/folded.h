@@ -30,15 +30,6 @@ inline Problem problem_of(const Call& s) {
   return problem;
 }
 
-template <class E>
-const E* data_of(const Tensor& t) {
-  return static_cast<const E*>(t.const_data_ptr());
-}
-template <class E>
-E* into(const Tensor& t) {
-  return static_cast<E*>(t.mutable_data_ptr());
-}
-
 // Rows of so many numbers each, shared among threads: each is written by one.
 template <class Rows>
 void for_rows(int64_t rows, int64_t numbers, const Rows& task) {
@@ -54,7 +45,7 @@ Tensor fold_v(const Call& s, const Tensor& v) {
     for (int64_t row = first; row < last; ++row) {
       const int64_t pair = row / s.r, rank = row % s.r;
       fold_along(data_of<E>(v) + (rank * s.pairs + pair) * s.width(), source_of(pairs, static_cast<int>(pair)), s.k,
-                 kRootHalf, into<E>(folded) + row * s.k);
+                 kRootHalf, data_to<E>(folded) + row * s.k);
     }
   });
   return folded;
@@ -70,7 +61,7 @@ Tensor fold_u(const Call& s, const Tensor& u) {
       for (int pair = 0; pair < s.pairs; ++pair) {
         const bool is_negative = row % 2 && target_of(static_cast<int>(s.pairs), pair) == 1;
         const E* from = data_of<E>(u) + (pair * s.height() + row / 2) * s.r;
-        E* to = into<E>(folded) + (row * s.pairs + pair) * s.r;
+        E* to = data_to<E>(folded) + (row * s.pairs + pair) * s.r;
         for (int64_t j = 0; j < s.r; ++j) to[j] = narrowed<E>((is_negative ? -scale : scale) * cpu::widen(from[j]));
       }
     }
@@ -97,7 +88,7 @@ Tensor halves_of(const Call& s, const Tensor& rows, int64_t size, float scale) {
   const Tensor halves = empty(s.kind, {count, s.m, width});
   for_rows(s.m, size, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      E* low = into<E>(halves) + row * width;
+      E* low = data_to<E>(halves) + row * width;
       split_row(data_of<E>(rows) + row * size, size, scale, low, count == 2 ? low + s.m * width : nullptr);
     }
   });
@@ -112,7 +103,7 @@ Tensor joined(const Call& s, const Tensor& low, const Tensor* high, int64_t size
   for_rows(s.m, size, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       join_row(data_of<E>(low) + row * width, high ? data_of<E>(*high) + row * width : nullptr, size, scale,
-               into<E>(rows) + row * size);
+               data_to<E>(rows) + row * size);
     }
   });
   return rows;
@@ -133,7 +124,7 @@ inline Tensor rows_of_pair(const Call& s, Tensor u, int64_t pair) {
 template <class E>
 void put_beside(const Call& s, const Tensor& middle, int64_t pair, const Tensor& all) {
   for (int64_t row = 0; row < s.m; ++row)
-    std::copy_n(data_of<E>(middle) + row * s.r, s.r, into<E>(all) + (row * s.pairs + pair) * s.r);
+    std::copy_n(data_of<E>(middle) + row * s.r, s.r, data_to<E>(all) + (row * s.pairs + pair) * s.r);
 }
 
 // [m, pairs r] -> [pairs, m, r]
@@ -142,7 +133,7 @@ Tensor apart(const Call& s, const Tensor& beside) {
   const Tensor h = empty(s.kind, {s.pairs, s.m, s.r});
   for (int64_t row = 0; row < s.m; ++row) {
     for (int64_t pair = 0; pair < s.pairs; ++pair)
-      std::copy_n(data_of<E>(beside) + (row * s.pairs + pair) * s.r, s.r, into<E>(h) + (pair * s.m + row) * s.r);
+      std::copy_n(data_of<E>(beside) + (row * s.pairs + pair) * s.r, s.r, data_to<E>(h) + (pair * s.m + row) * s.r);
   }
   return h;
 }
@@ -153,7 +144,7 @@ Tensor beside(const Call& s, const Tensor& h) {
   const Tensor all = empty(s.kind, {s.m, s.pairs * s.r});
   for (int64_t row = 0; row < s.m; ++row) {
     for (int64_t pair = 0; pair < s.pairs; ++pair)
-      std::copy_n(data_of<E>(h) + (pair * s.m + row) * s.r, s.r, into<E>(all) + (row * s.pairs + pair) * s.r);
+      std::copy_n(data_of<E>(h) + (pair * s.m + row) * s.r, s.r, data_to<E>(all) + (row * s.pairs + pair) * s.r);
   }
   return all;
 }
@@ -163,7 +154,7 @@ template <class E>
 void weigh_beside(const Call& s, const Tensor& beside, const Tensor& gain) {
   const int64_t columns = s.pairs * s.r;
   const E* by = data_of<E>(gain);
-  E* row = into<E>(beside);
+  E* row = data_to<E>(beside);
   for (int64_t token = 0; token < s.m; ++token, row += columns)
     for (int64_t i = 0; i < columns; ++i) row[i] = narrowed<E>(cpu::widen(row[i]) * cpu::widen(by[i]));
 }
@@ -172,7 +163,7 @@ template <class E>
 Tensor weigh(const Call& s, const Tensor& h, const Tensor& gain) {
   const Tensor weighed = empty(s.kind, {s.pairs, s.m, s.r});
   const E *from = data_of<E>(h), *by = data_of<E>(gain);
-  E* to = into<E>(weighed);
+  E* to = data_to<E>(weighed);
   for (int64_t pair = 0; pair < s.pairs; ++pair, by += s.r)
     for (int64_t token = 0; token < s.m; ++token, from += s.r, to += s.r)
       for (int64_t i = 0; i < s.r; ++i) to[i] = narrowed<E>(cpu::widen(from[i]) * cpu::widen(by[i]));

@@ -9,8 +9,7 @@
 #include <tuple>
 
 #include "cpu/config.h"
-#include "cpu/lines.h"
-#include "cpu/product.h"
+#include "cpu/run.h"
 #include "host/call_counter.h"
 #include "wavelet/folded.h"
 #include "wavelet/wavelet_cpu.h"
@@ -27,17 +26,12 @@ struct Result {
 
 // --- few rows ---
 
-void multiply(const cpu::Kernel& kernel, int64_t element_bytes, cpu::Product product) {
-  cpu::Lines prepared;
-  if (const int64_t bytes = kernel.prepared_bytes(product.m, product.depth)) {
-    prepared = cpu::new_lines(bytes);
-    kernel.prepare(product, prepared.get());
-    product.x = prepared.get();
-  }
-  const int64_t tiles = (product.rows + kernel.row_tile - 1) / kernel.row_tile, row_bytes = product.depth * element_bytes;
-  if (product.rows * row_bytes < cpu::kThreadedBytes) return kernel.multiply(product, 0, tiles);
-  torch::stable::parallel_for(0, tiles, cpu::grain_of(kernel.row_tile * row_bytes),
-                              [&](int64_t first, int64_t last) { kernel.multiply(product, first, last); });
+// Whole factors: threads from a megabyte on.
+void multiply(Dtype dtype, const cpu::Product& product) {
+  const cpu::Kernel kernel = cpu::kernel(cpu_level(), dtype, product.m);
+  const int64_t row_bytes = product.depth * element_bytes(dtype);
+  const bool is_threaded = product.rows * row_bytes >= cpu::kThreadedBytes;
+  cpu::multiply(kernel, product, is_threaded ? cpu::grain_of(kernel.row_tile * row_bytes) : 0);
 }
 
 // Both halves of a row are rows, and v's columns of each pair rows of their own: one product has all of the middle, of two
@@ -56,8 +50,8 @@ void decode(const Call& s, const Arguments& in, const Tensor& h, const Tensor& y
   }
   auto* found = static_cast<E*>(products.get());
   const int64_t columns = s.r * s.pairs;
-  multiply(cpu::kernel(cpu_level(), s.dtype, rows), sizeof(E),
-           {b, in.v.const_data_ptr(), nullptr, found, rows, width, columns, width, columns, in.u.const_data_ptr()});
+  multiply(s.dtype, {b, in.v.const_data_ptr(), nullptr, found, rows, width, columns, width, columns,
+                     in.u.const_data_ptr()});
   auto* middle = static_cast<E*>(h.mutable_data_ptr());
   for (int64_t pair = 0; pair < s.pairs; ++pair) {
     for (int64_t row = 0; row < s.m; ++row) {
@@ -68,9 +62,8 @@ void decode(const Call& s, const Arguments& in, const Tensor& h, const Tensor& y
   const Tensor weighed = in.gain ? weigh<E>(s, h, *in.gain) : h;
   auto* c = static_cast<E*>(outputs.get());
   for (int64_t pair = 0; pair < s.pairs; ++pair) {
-    multiply(cpu::kernel(cpu_level(), s.dtype, s.m), sizeof(E),
-             {data_of<E>(weighed) + pair * s.m * s.r, data_of<E>(in.u) + pair * height * s.r, nullptr,
-              c + pair * s.m * height, s.m, s.r, height, s.r, height, nullptr});
+    multiply(s.dtype, {data_of<E>(weighed, pair * s.m * s.r), data_of<E>(in.u, pair * height * s.r), nullptr,
+                       c + pair * s.m * height, s.m, s.r, height, s.r, height, nullptr});
   }
   auto* to = static_cast<E*>(y.mutable_data_ptr());
   for (int64_t row = 0; row < s.m; ++row) {
@@ -95,7 +88,7 @@ Result by_halves(const Call& s, const Arguments& in) {
   const Tensor b = halves_of<E>(s, in.x, s.k, kRootHalf), h = empty(s.kind, {s.pairs, s.m, s.r});
   for (int64_t pair = 0; pair < s.pairs; ++pair) {
     const Tensor middle = library_linear(one_of(b, pair), columns_of(s, in.v, pair));
-    std::copy_n(data_of<E>(middle), s.m * s.r, into<E>(h) + pair * s.m * s.r);
+    std::copy_n(data_of<E>(middle), s.m * s.r, data_to<E>(h) + pair * s.m * s.r);
   }
   const Tensor weighed = in.gain ? weigh<E>(s, h, *in.gain) : h;
   std::vector<Tensor> c;

@@ -35,10 +35,8 @@ struct Arguments {
 
 // No problem of the kernels' where there are gains.
 Problem problem_of(const Call& s, bool has_gain, bool are_aligned, const Gpu& gpu) {
-  Problem problem;
-  problem.m = s.m, problem.n = s.n, problem.k = s.k, problem.r = s.r, problem.pairs = has_gain ? 0 : s.pairs;
-  problem.dtype = s.dtype, problem.device = Device::cuda, problem.arch = gpu.arch, problem.sm_count = gpu.sm_count;
-  problem.is_aligned = are_aligned;
+  Problem problem = on_gpu({s.m, s.n, s.k, s.r, s.dtype}, gpu, are_aligned);
+  problem.pairs = has_gain ? 0 : s.pairs;
   return problem;
 }
 

@@ -281,7 +281,6 @@ def test_where_spectra_fall_fast_dense_atoms_help_two_of_four():
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("s", [1, 2, 3])
-@pytest.mark.timeout(120)
 def test_a_planted_dictionary_is_found_again(s, seed):
     weight, _ = matrices.planted(200, 20, 12, s, seed)
     target = dictionary.plain_target(weight)

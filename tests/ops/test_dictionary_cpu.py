@@ -18,6 +18,7 @@ from lowfat.bench.dictionary import known
 from lowfat.ops import dictionary
 from lowfat.ops.bitmap import pack
 from lowfat.ops.dictionary import reference, reference_training
+from paths import cpu_path
 
 OPS = torch.ops.lowfat
 LEVELS = _native.kernels().get("dictionary", {}).get("cpu", [])
@@ -61,19 +62,13 @@ def counted(call):
     return tuple(_native.calls("dictionary", "cpu", path) - was for path, was in zip(("decode", "library"), before))
 
 
-def takes(m, dtype, **sizes):
-    """test_native.py says for how many rows."""
-    name = str(dtype).removeprefix("torch.")
-    return _native.native.choose_config("dictionary", m=m, n=31, k=36, r=8, dtype=name, **sizes)["path"] == "decode"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("m", [1, 16, 17, 32, 100, 129])
 def test_the_path_is_recorded(m, form, dtype):
     """T-dispatch-record: a silent fallback fails here."""
     args = normal(m, 33, 31, 2, 3, 20, 7, form, dtype)
-    kernel = takes(m, dtype)
+    kernel = cpu_path("dictionary", m, dtype, n=31, k=36, r=8) == "decode"
     for call in (dictionary, OPS.dictionary, OPS.dictionary_training):
         assert counted(lambda: call(*args)) == (kernel, not kernel)
 

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 import gates
 from lowfat import _native
 from lowfat.ops import low_rank
+from paths import cpu_path
 
 pytestmark = pytest.mark.skipif(_native.library_path is None, reason="no compiled library")
 
@@ -28,18 +29,12 @@ def counted(call):
     return tuple(_native.calls("low_rank", "cpu", path) - was for path, was in zip(("decode", "library"), before))
 
 
-def takes(m, dtype, **sizes):
-    """test_native.py says for how many rows."""
-    name = str(dtype).removeprefix("torch.")
-    return _native.native.choose_config("low_rank", m=m, n=31, k=36, r=8, dtype=name, **sizes)["path"] == "decode"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("m", [1, 16, 17, 32, 100, 129])
 def test_the_path_is_recorded(m, dtype):
     """T-dispatch-record: a silent fallback fails here."""
     args = gates.whole_inputs(m, 33, 7, 31, torch.bfloat16)
-    kernel = takes(m, dtype)
+    kernel = cpu_path("low_rank", m, dtype, n=31, k=36, r=8) == "decode"
     for call in (low_rank, torch.ops.lowfat.low_rank, torch.ops.lowfat.low_rank_training):
         assert counted(lambda: call(*(t.to(dtype) for t in args))) == (kernel, not kernel)
 

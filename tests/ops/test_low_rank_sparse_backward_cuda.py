@@ -33,7 +33,7 @@ def given(m, k, r, n, entries, dtype, **more):
 
 
 def config(**changes) -> dict:
-    problem = dict(m=4096, n=4096, k=4096, r=512, kept=503316, device="cuda")
+    problem = dict(m=4096, n=4096, k=4096, r=512, entries=503316, device="cuda")
     return _native.native.choose_config("low_rank_sparse_backward", **{**problem, **changes})
 
 
@@ -42,7 +42,8 @@ def config(**changes) -> dict:
     ("empty", {"m": 0}), ("kernels", {}), ("kernels", {"m": 64}), ("library", {"m": 63}), ("kernels", {"dtype": "float16"}),
     ("library", {"dtype": "float32"}), ("library", {"is_aligned": False}), ("library", {"arch": 100}),
     ("kernels", {"arch": 80, "sm_count": 108}), ("kernels", {"r": 0}), ("kernels", {"r": 509}), ("library", {"n": 4092}),
-    ("library", {"k": 4092}), ("library", {"kept": 0}), ("kernels", {"kept": 2**30}), ("library", {"kept": 2**30 + 1})])
+    ("library", {"k": 4092}), ("library", {"entries": 0}), ("kernels", {"entries": 2**30}),
+    ("library", {"entries": 2**30 + 1})])
 def test_the_path_follows_what_the_kernels_cover(path, changes):
     assert config(**changes)["path"] == path
 
@@ -50,7 +51,7 @@ def test_the_path_follows_what_the_kernels_cover(path, changes):
 @needs_library
 def test_the_plan_is_told():
     assert config() == {"path": "kernels", "tile": 128, "splits": 1, "partials": 0, "weight_tile": 128}
-    assert config(n=512, k=512, r=0, kept=1001) == {"path": "kernels", "tile": 128, "splits": 16,
+    assert config(n=512, k=512, r=0, entries=1001) == {"path": "kernels", "tile": 128, "splits": 16,
                                                     "partials": 16 * (1008 + 512), "weight_tile": 64}
     assert _native.kernels()["low_rank_sparse_backward"]["cuda"] == _native.kernels()["low_rank"]["cuda"]
 

@@ -38,7 +38,7 @@ ROWS = (1, 4, 7, 16, 17, 130)
 
 def plan(m, n, k, r, nnz, dtype):
     name = str(dtype).removeprefix("torch.")
-    return _native.native.choose_config("low_rank_sparse", m=m, n=n, k=k, r=r, kept=nnz, dtype=name)["path"]
+    return _native.native.choose_config("low_rank_sparse", m=m, n=n, k=k, r=r, entries=nnz, dtype=name)["path"]
 
 
 def plan_of(args):
@@ -96,13 +96,13 @@ def test_the_cheaper_plan(m, size, r, density, due):
 
 
 def test_threads_share_rows_of_enough_bytes():
-    """A megabyte of factors, values and columns in all, and 256 KB for a task."""
+    """A megabyte of factors, values and columns in all, and 256 KB for a task, in tiles of 4 rows."""
     def grains(size, r, nnz, dtype="bfloat16"):
-        config = _native.native.choose_config("low_rank_sparse", m=1, n=size, k=size, r=r, kept=nnz, dtype=dtype)
+        config = _native.native.choose_config("low_rank_sparse", m=1, n=size, k=size, r=r, entries=nnz, dtype=dtype)
         return config["first_grain"], config["second_grain"]
 
-    assert grains(4096, 512, 4096 * 128) == (32, 171) and grains(4096, 512, 4096 * 128, "float32") == (16, 94)
-    assert grains(4096, 0, 4096 * 128) == (32, 512) and grains(40_000, 8, 40_000 * 10) == (4, 3450)
+    assert grains(4096, 512, 4096 * 128) == (8, 43) and grains(4096, 512, 4096 * 128, "float32") == (4, 24)
+    assert grains(4096, 0, 4096 * 128) == (8, 128) and grains(40_000, 8, 40_000 * 10) == (1, 863)
     assert grains(384, 96, 384 * 12) == (0, 0)
 
 

@@ -24,7 +24,7 @@ def paths() -> dict[str, int]:
 
 
 def config(**changes) -> dict:
-    problem = dict(m=1, n=4096, k=4096, r=512, kept=503316, device="cuda")
+    problem = dict(m=1, n=4096, k=4096, r=512, entries=503316, device="cuda")
     return _native.native.choose_config("low_rank_sparse", **{**problem, **changes})
 
 
@@ -33,8 +33,9 @@ def config(**changes) -> dict:
     ("empty", {"m": 0}), ("decode", {}), ("decode", {"m": 16}), ("materialize", {"m": 17}), ("decode", {"dtype": "float16"}),
     ("library", {"dtype": "float32"}), ("library", {"dtype": "float64"}), ("library", {"is_aligned": False}),
     ("decode", {"n": 4093}), ("library", {"k": 4092}), ("library", {"r": 508}), ("materialize", {"r": 0}),
-    ("materialize", {"r": 2056}), ("materialize", {"k": 32776}), ("decode", {"kept": 0}), ("decode", {"kept": 4096 * 4096}),
-    ("library", {"kept": 2**30 + 1}), ("materialize", {"m": 1 << 20}), ("library", {"arch": 100}),
+    ("materialize", {"r": 2056}), ("materialize", {"k": 32776}), ("decode", {"entries": 0}),
+    ("decode", {"entries": 4096 * 4096}),
+    ("library", {"entries": 2**30 + 1}), ("materialize", {"m": 1 << 20}), ("library", {"arch": 100}),
     ("decode", {"arch": 80, "sm_count": 108}), ("decode", {"arch": 86, "sm_count": 84}),
     ("materialize", {"arch": 86, "sm_count": 84, "m": 100})])
 def test_the_path_follows_what_the_kernels_cover(path, changes):
@@ -46,9 +47,9 @@ def test_all_of_u_and_s_is_asked_for_early():
     assert config() == {"path": "decode", "token_tiles": 1, "splits": 4, "grid": 128, "tokens": 1, "room": 4432,
                         "prefetch": 4, "smem_bytes": 74384}
     assert [config(m=m)["tokens"] for m in (2, 3, 8, 16)] == [2, 4, 8, 16]
-    assert config(m=16, k=14336, kept=1761607)["tokens"] == 4
+    assert config(m=16, k=14336, entries=1761607)["tokens"] == 4
     assert config(m=100) == {"path": "materialize", "tile": 128, "grid": 1024}
-    assert config(m=100, n=768, k=768, r=192, kept=17694) == {"path": "materialize", "tile": 64, "grid": 144}
+    assert config(m=100, n=768, k=768, r=192, entries=17694) == {"path": "materialize", "tile": 64, "grid": 144}
     assert _native.kernels()["low_rank_sparse"]["cuda"] == _native.kernels()["low_rank"]["cuda"]
 
 

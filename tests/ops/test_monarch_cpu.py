@@ -17,6 +17,7 @@ from lowfat import _native
 from lowfat.bench.monarch import known
 from lowfat.ops import monarch
 from lowfat.ops.monarch import reference, reference_training
+from paths import cpu_path
 
 OPS = torch.ops.lowfat
 LEVELS = _native.kernels().get("monarch", {}).get("cpu", [])
@@ -51,18 +52,12 @@ def counted(call):
     return tuple(_native.calls("monarch", "cpu", path) - was for path, was in zip(("decode", "library"), before))
 
 
-def takes(m, dtype, **sizes):
-    """test_native.py says for how many rows."""
-    name = str(dtype).removeprefix("torch.")
-    return _native.native.choose_config("monarch", m=m, n=31, k=36, r=8, dtype=name, **sizes)["path"] == "decode"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("m", [1, 16, 17, 32, 100, 129])
 def test_the_path_is_recorded(m, dtype):
     """T-dispatch-record: a silent fallback fails here."""
     args = normal(m, 33, 31, 4, 3, 2, dtype)
-    kernel = takes(m, dtype)
+    kernel = cpu_path("monarch", m, dtype, n=31, k=36, r=8) == "decode"
     for call in (lambda *a: monarch(*a, out_features=31), lambda *a: OPS.monarch(*a, 31, False),
                  lambda *a: OPS.monarch_training(*a, 31, True)):
         assert counted(lambda: call(*args)) == (kernel, not kernel)

@@ -19,6 +19,7 @@ from lowfat.bench.sparse24 import random_mask
 from lowfat.ops import sparse24
 from lowfat.ops.bitmap import expand, unpack
 from lowfat.ops.sparse24 import reference
+from paths import cpu_path
 
 OPS = torch.ops.lowfat
 LEVELS = _native.kernels().get("sparse24", {}).get("cpu", [])
@@ -50,18 +51,12 @@ def counted(call):
     return tuple(_native.calls("sparse24", "cpu", path) - was for path, was in zip(("decode", "library"), before))
 
 
-def takes(m, dtype, **sizes):
-    """test_native.py says for how many rows."""
-    name = str(dtype).removeprefix("torch.")
-    return _native.native.choose_config("sparse24", m=m, n=31, k=36, r=8, dtype=name, **sizes)["path"] == "decode"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("m", [1, 16, 17, 32, 100, 129])
 def test_the_path_is_recorded(m, dtype):
     """T-dispatch-record: a silent fallback fails here."""
     args = normal(m, 36, 31, 2, 4, dtype)
-    kernel = takes(m, dtype)
+    kernel = cpu_path("sparse24", m, dtype, n=31, k=36, r=8) == "decode"
     for call in (sparse24, lambda *a: OPS.sparse24(*a, 2, 4)):
         assert counted(lambda: call(*args)) == (kernel, not kernel)
 
