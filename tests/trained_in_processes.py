@@ -1,4 +1,4 @@
-"""Run by torchrun: trains a tiny Llama with one structure after the other in its layers; rank 0 writes the parameters.
+"""Run by torchrun: trains a tiny Llama of every structure, whole and by adapters; rank 0 writes the parameters.
 
 torchrun --nproc-per-node N trained_in_processes.py one|ddp|fsdp OUT"""
 import sys
@@ -18,14 +18,20 @@ PLAN = {"*q_proj": {"structure": "LowRank", "rank": 4}, "*k_proj": {"structure":
         "*down_proj": {"structure": "LowRank", "rank": 4}}
 
 
-def main(kind: str, out: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
-    rank, count = distributed.get_rank(), distributed.get_world_size()
+def llama(is_adapted: bool) -> LlamaForCausalLM:
+    """Every structure in its layers; adapted: all of it frozen, and wavelet adapters on the low-rank layers trained."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                          num_key_value_heads=2, intermediate_size=48, tie_word_embeddings=False)).double()
     lowfat.replace(model, PLAN)
+    if is_adapted:
+        lowfat.adapt(model, layers=["*q_proj", "*down_proj"], rank=2, filter="db2")
+    return model
+
+
+def train(model: LlamaForCausalLM, kind: str) -> dict[str, torch.Tensor]:
+    """Every parameter after three steps."""
+    rank, count = distributed.get_rank(), distributed.get_world_size()
     trained = model
     if kind == "ddp":
         trained = DistributedDataParallel(model)
@@ -39,9 +45,16 @@ def main(kind: str, out: str) -> None:
         trained(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = {name: (parameter.full_tensor() if kind == "fsdp" else parameter).detach()
-             for name, parameter in model.named_parameters()}
-    if rank == 0:
+    return {name: (parameter.full_tensor() if kind == "fsdp" else parameter).detach()
+            for name, parameter in model.named_parameters()}
+
+
+def main(kind: str, out: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    found = {f"{'adapted' if is_adapted else 'whole'}.{name}": parameter for is_adapted in (False, True)
+             for name, parameter in train(llama(is_adapted), kind).items()}
+    if distributed.get_rank() == 0:
         torch.save(found, out)
     distributed.destroy_process_group()
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 import gates
 from lowfat import checkpoint
-from lowfat.errors import (ArgumentError, DtypeError, FormatError, IndexRangeError, NumericsError, ShapeError,
+from lowfat.errors import (ArgumentError, DeviceError, DtypeError, FormatError, IndexRangeError, NumericsError, ShapeError,
                            UnsupportedError)
 from lowfat.layers import dense_weight, factorizable, replace
 from lowfat.ops.low_rank_sparse import check_support
@@ -143,6 +143,15 @@ def test_of_copies_what_it_is_given():
     for tensor in (*same.parameters(), *same.buffers()):
         tensor.data.zero_()
     assert all(tensor.any() for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+@pytest.mark.parametrize("name", ["u", "values", "bias"])
+def test_of_refuses_mixed_tensors(name):
+    tensors = dict(a_layer().named_parameters()) | dict(a_layer().named_buffers())
+    with pytest.raises(DtypeError, match=f"{name} has torch.float16, v has torch.float64"):
+        LowRankSparse.of(**tensors | {name: tensors[name].half()})
+    with pytest.raises(DeviceError, match=f"{name} is on meta, v on cpu"):
+        LowRankSparse.of(**tensors | {name: tensors[name].to("meta")})
 
 
 # --- what a seed means ---

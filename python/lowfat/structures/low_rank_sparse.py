@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, DtypeError, IndexRangeError, ShapeError
+from ..errors import ArgumentError, DeviceError, DtypeError, IndexRangeError, ShapeError
 from ..linalg import require_finite, truncated_svd
 from ..ops.low_rank_sparse import MAX_ENTRIES, check_support, index_dtype, low_rank_sparse, places, weight_of
 from .sparse24 import largest
@@ -64,8 +64,9 @@ class LowRankSparse(Structure):
            alpha: float | None = None) -> "LowRankSparse":
         """The layer that holds these, contiguous copies of them.   v [r, in]   u [out, r]   values [nnz]
 
-        starts [out + 1] int32, columns [nnz] int16, int32 above 32768 inputs. Raises IndexRangeError for a support whose
-        rows do not follow each other or do not rise strictly within the inputs."""
+        starts [out + 1] int32, columns [nnz] int16, int32 above 32768 inputs. Raises ShapeError, DtypeError and DeviceError
+        for tensors that do not fit each other, IndexRangeError for a support whose rows do not follow each other or do not
+        rise strictly within the inputs."""
         if v.dim() != 2 or u.dim() != 2 or values.dim() != 1:
             raise ShapeError(f"v is {list(v.shape)}, u {list(u.shape)} and values {list(values.shape)}, must be [r, in], "
                              f"[out, r] and [nnz]")
@@ -82,6 +83,11 @@ class LowRankSparse(Structure):
         for name in ("starts", "columns"):
             if tensors[name].dtype != getattr(layer, name).dtype:
                 raise DtypeError(f"{name} has {tensors[name].dtype}, must be {getattr(layer, name).dtype}")
+        for name in ("u", "values", "bias"):
+            if tensors[name] is not None and tensors[name].dtype != v.dtype:
+                raise DtypeError(f"{name} has {tensors[name].dtype}, v has {v.dtype}; must be the same")
+            if tensors[name] is not None and tensors[name].device != v.device:
+                raise DeviceError(f"{name} is on {tensors[name].device}, v on {v.device}; must be the same")
         check_support(starts, columns, layer.in_features)
         for name, tensor in tensors.items():
             if name in ("starts", "columns"):
