@@ -18,8 +18,8 @@ from lowfat import show
 from lowfat.cli import app, main
 from lowfat.errors import ArgumentError
 
-COMMANDS = ("demo", "factorize", "finetune", "staged", "straight-through", "compare", "pretrain", "evaluate", "inspect", "bench",
-            "doctor")
+COMMANDS = ("demo", "factorize", "finetune", "staged", "straight-through", "compare", "reproduce", "pretrain",
+            "evaluate", "inspect", "bench", "doctor")
 STAGE = re.compile(r"(\w+): \d+ s")  # a line of progress where stderr is no terminal
 MAIN = [sys.executable, "-c", f"from {main.__module__} import main; main()"]
 

@@ -14,13 +14,14 @@ import typer
 from .bench.shapes import MODELS
 from .cli_training import finetune, pretrain, staged, straight_through
 from .data import read_rows
+from .demo import ENCODER
 from .errors import ArgumentError, LowfatError
 from .methods import METHODS, named
 from .options import (BatchSize, Device, Dtype, Json, Layers, MaxLength, Model, Out, Overwrite, Samples, Task, check_file,
                       device_of, dtype_of, first, listed, model_folder, numbers)
 from .plan import POLICIES
 from .show import (bar, print_json, show_bench, show_comparison, show_demo, show_doctor, show_numbers, show_report,
-                   show_spectra)
+                   show_reproduced, show_spectra)
 
 UsageError = typer.BadParameter.__base__  # click's, or that of the copy inside newer typers
 
@@ -169,6 +170,42 @@ def compare(
                     task=task, max_length=max_length, distill=distill, jobs=jobs, device=where, overwrite=overwrite,
                     on_progress=partial(tell, of_all=True))
     show_comparison(found, out_folder)
+
+
+@app.command(short_help="Runs a paper's experiment and says whether its claims held.")
+def reproduce(
+    paper: Annotated[str, typer.Argument(metavar="PAPER", hidden=True)],
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Tasks of bench/tasks.py; keeps teachers.")] = Path("data"),
+    out: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Default: reproduce_PAPER.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few texts and steps, one seed: to see it run.")] = False,
+    tasks: Annotated[Optional[str], typer.Option(metavar="NAME=RATIO,...", help="In the place of the paper's.",
+                                                 show_default=False)] = None,
+    encoder: Annotated[str, typer.Option(metavar="MODEL", help="What teachers are made of.")] = ENCODER,
+    steps: Annotated[Optional[int], typer.Option(metavar="N", help="Of every recipe that trains.")] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Of each of them.")] = 3,
+    jobs: Annotated[int, typer.Option(metavar="N", help="Runs at a time, each with its share of the threads.")] = 1,
+    overwrite: Overwrite = False, as_json: Json = False,
+) -> None:
+    """Runs the experiment of PAPER (gupta, fwsvd, lpaf, dsformer, cospadi, sltrain, wara) on tasks that need no network, or
+    on GLUE's (--tasks glue/sst2=0.5) through the package datasets: the paper's claims, what was measured, what held.
+    Killed, the same command continues.
+
+    Example:  lowfat reproduce fwsvd --data bench/data --quick
+    """
+    from .reproduce import reproduce as job
+
+    ratios = {}
+    for text in listed(tasks or ""):
+        name, equals, ratio = text.partition("=")
+        if tasks and not (name and equals):
+            raise ArgumentError(f"--tasks needs NAME=RATIO,...; found {text!r}")
+        if tasks:
+            ratios[name] = numbers("--tasks", ratio)[0]
+    target = out or Path(f"reproduce_{paper}")
+    with bar("opening") as tell:
+        found = job(paper, out=target, data=data, encoder=model_folder(encoder), tasks=ratios or None, steps=steps,
+                    seeds=seeds, quick=quick, jobs=jobs, overwrite=overwrite, on_progress=partial(tell, stage="experiment"))
+    print_json(found) if as_json else show_reproduced(found, target)
 
 
 @app.command(short_help="Singular values of each layer, before or after.")

@@ -244,6 +244,19 @@ def show_comparison(found: dict, folder: Path) -> None:
     out.print(f"table, picture and numbers: {folder}", soft_wrap=True)
 
 
+def show_reproduced(found: dict, folder: Path) -> None:
+    from .reproduce.page import COLUMNS, sentences, texts
+
+    about, shown = found["about"], ("task", "recipe", "kept", "steps", "mean", "each")
+    quick = "quick run: " if about["quick"] else ""
+    out.print(f"{quick}{about['reference']}")
+    print_table(tuple(COLUMNS[name] for name in shown),
+                [tuple(row[name] for name in shown) for row in texts(found["cells"], about["quick"])], title="")
+    for line in sentences(found):
+        out.print(line, soft_wrap=True)
+    out.print(f"{quick}table, picture and numbers: {folder}", soft_wrap=True)
+
+
 def show_doctor(known: dict, summary: str, advice: list[str]) -> None:
     build, cpu, cuda = known["build"], known["cpu"], known["cuda"]
     rows = [("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in known["versions"].items())),

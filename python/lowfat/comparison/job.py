@@ -1,12 +1,7 @@
 """The job behind `lowfat compare`: every cell of the grid, in as many processes as asked for, resumable at any moment."""
-import multiprocessing
-import os
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from queue import Empty
 
 import torch
 
@@ -18,6 +13,7 @@ from ..job import file_digests, open_model
 from ..measured import header
 from ..method_inputs import check_fit, check_task, needs_of
 from ..model_inputs import fitting
+from ..processes import threads_of, worked_out
 from ..recovery.staged import FINAL_SHARE, stages_of, steps_of_a_stage
 from ..strict_json import read_json
 from .cell import SCORES, Job, model_of, run, statistics
@@ -57,10 +53,10 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
     options = {name: getattr(job, name) for name in _OPTIONS}
     fingerprint = {"model": file_digests(folder), "train": progress.json_digest(job.train),
                    "test": progress.json_digest(job.test), "options": options}
-    about = header(_threads(jobs), device) | options | fingerprint | {
+    about = header(threads_of(jobs), device) | options | fingerprint | {
         "jobs": jobs, "train_rows": len(job.train), "test_rows": len(job.test), "score": SCORES[task],
         "chance": chance(task, job.test, label2id=model.config.label2id, vocabulary=model.config.vocab_size)}
-    fingerprint |= progress.environment(device) | {"threads": _threads(jobs)}
+    fingerprint |= progress.environment(device) | {"threads": threads_of(jobs)}
     storage.check_target(out, overwrite or (states.exists() and progress.holds_result(out, fingerprint)))
     del model
     with progress.opened(states, fingerprint):
@@ -101,10 +97,6 @@ def _check_model(model, tokenizer, job: Job, cells: list[Cell]) -> None:
         steps_of_a_stage(job.steps, FINAL_SHARE, len(stages_of(model, job.layers, "block")))
 
 
-def _threads(jobs: int) -> int:
-    return max(1, torch.get_num_threads() // jobs)
-
-
 # ------------------------------------------------------------------------------------------------ the cells
 class _Work:
     """How far all cells are, in training steps: opening, judging and timing a model count as some."""
@@ -139,7 +131,9 @@ def _rows(job: Job, cells: list[Cell], jobs: int, work: _Work) -> list[dict]:
     for cell in cells:
         if cell not in todo:
             work.finish(cell)
-    for cell, row in _worked_out(job, todo, jobs, work.tell):
+    if jobs > 1 and todo:
+        _gather(job, todo)
+    for cell, row in worked_out(partial(run, job), todo, jobs, work.tell):
         storage.write_json(paths[cell], row)
         work.finish(cell)
         trained = job.states / f"{cell.name}.model"
@@ -148,71 +142,12 @@ def _rows(job: Job, cells: list[Cell], jobs: int, work: _Work) -> list[dict]:
     return [read_json(paths[cell]) for cell in cells]
 
 
-def _worked_out(job: Job, cells: list[Cell], jobs: int, tell) -> Iterator[tuple[Cell, dict]]:
-    if jobs == 1 or not cells:
-        for cell in cells:
-            yield cell, run(job, cell, lambda step, *_: tell(cell, step))
-        return
-    _gather(job, cells)
-    from transformers.utils.logging import is_progress_bar_enabled
-
-    context = multiprocessing.get_context("spawn")
-    steps = context.Queue()
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start,
-                             initargs=(_threads(jobs), steps, os.getpid(), is_progress_bar_enabled())) as pool:
-        cell_of = {pool.submit(_run, job, cell): cell for cell in cells}
-        try:
-            waiting = set(cell_of)
-            while waiting:
-                finished, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield cell_of[future], future.result()
-                _hear(steps, tell)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _gather(job: Job, cells: list[Cell]) -> None:
     """The statistics that cells share, before several processes want to write them."""
     model, tokenizer = open_model(job.folder, task=job.task, device=job.device)
     for cell in {(cell.method, cell.arguments): cell for cell in cells if cell.method}.values():
         statistics(job, cell, model, tokenizer)
 
-
-def _hear(steps, tell) -> None:
-    try:
-        while True:
-            tell(*steps.get_nowait())
-    except Empty:
-        pass
-
-
-# --- in the other processes ---
-
-def _start(threads: int, steps, parent: int, has_bars: bool) -> None:
-    global _steps
-    _steps = steps
-    steps.cancel_join_thread()  # a process may end with messages that nobody will read
-    if not has_bars:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-    torch.set_num_threads(threads)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A killed job must leave no process behind that still writes to its folder."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _run(job: Job, cell: Cell) -> dict:
-    return run(job, cell, lambda step, *_: _steps.put((cell, step)))
-
-
-# --- in this process again ---
 
 def _speeds(job: Job, cells: list[Cell], work: _Work) -> list[dict]:
     """One after the other, when nothing else of this job runs; kept like the cells."""
