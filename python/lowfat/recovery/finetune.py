@@ -10,12 +10,13 @@ from .training import Phase, TrainReport, check_numbers, in_order, prepared, rea
 def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, teacher=None, teacher_tokenizer=None,
              validation: Sequence[Mapping] | None = None, steps: int, learning_rate: float = 1e-4, batch_size: int = 32,
              max_length: int | None = None, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
-             seed: int = 0, out: str | Path | None = None, overwrite: bool = False, save_every: int = 100,
-             on_progress=None) -> TrainReport:
+             distill: Mapping | None = None, seed: int = 0, out: str | Path | None = None, overwrite: bool = False,
+             save_every: int = 100, on_progress=None) -> TrainReport:
     """Trains every parameter of the model in place; with out, writes the trained model there.
 
     Classification and lm minimize the task loss; with a teacher, (1 - alpha) task loss + alpha KL to its logits at the
     temperature (alpha 1 needs no labels). Embedding minimizes 1 - cosine to the teacher's embedding and needs no labels.
+    distill adds what the teacher computes on the way, {"hidden": 1.0, "attention": 1.0}: see recovery/distillation.py.
     AdamW, weight decay 0.01, gradients clipped to norm 1; the learning rate rises over a tenth of the steps, then falls
     linearly to 0. autocast "auto": bf16 where the hardware multiplies it (a GPU, a CPU with AVX512-BF16). Half-precision
     weights train in fp32.
@@ -27,7 +28,7 @@ def finetune(model, train: Sequence[Mapping], *, tokenizer, task: str | None = N
                   temperature=temperature)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
-                               temperature=temperature, alpha=alpha, autocast=autocast)
+                               temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)
     options = {"task": objective.task, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
                "temperature": temperature, "alpha": alpha, "autocast": objective.autocast, "seed": seed}
 

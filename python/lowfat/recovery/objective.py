@@ -1,9 +1,14 @@
-"""What training minimizes: the task's loss, mixed with the distance to a dense teacher's logits or embeddings."""
+"""What training minimizes: the task's loss, the distance to a dense teacher's logits or embeddings, and to what it computes
+on the way to them."""
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
 from ..evaluate import next_token_losses, pooled
+from .distillation import Distillation
+from .internals import Internals, overheard
 
 
 class Objective(nn.Module):
@@ -14,10 +19,11 @@ class Objective(nn.Module):
     accepts_loss_kwargs = False  # each batch is averaged here, over what counts in it
 
     def __init__(self, student: nn.Module, task: str, *, teacher: nn.Module | None, temperature: float, alpha: float,
-                 autocast: bool, pooling: str | None = None):
+                 autocast: bool, pooling: str | None = None, distillation: Distillation | None = None):
         super().__init__()
         self.student, self.task, self.autocast = student, task, autocast
         self.temperature, self.alpha = temperature, alpha
+        self.distillation = distillation  # a submodule: its projections are trained and kept with the student
         self.pooling = pooling  # for embeddings, of student and teacher alike
         self._teacher = (teacher,)  # a tuple hides it: no submodule, so neither train() nor the optimizer reaches it
 
@@ -27,18 +33,31 @@ class Objective(nn.Module):
     def blank_loss(self, **batch) -> torch.Tensor:
         """The loss of a model that answers zeros, so knows nothing: every class or token as likely, no embedding at all."""
         found, *others = self._compared(batch)
-        return self._loss(torch.zeros_like(found), *others)
+        blank = torch.zeros_like(found)
+        if internals := _internals_of(found):
+            ours, theirs = internals
+            blank.internals = ours.blank(), theirs
+        return self._loss(blank, *others)
 
     def _compared(self, batch) -> tuple:
-        """(answers, those of the teacher, labels, attention mask)"""
+        """(answers, those of the teacher, labels, attention mask)
+
+        Where the teacher is followed on the way, the answers carry along what both computed on it, for _loss()."""
         device = self.student.device
         batch = {name: value.to(device) for name, value in batch.items()}
         labels = batch.pop("labels", None)
         out = self._embedding if self.task == "embedding" else _logits
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            found = out(self.student, batch).float()
-            wanted = self._wanted(out, batch)
+            with self._heard(self.student) as ours:
+                found = out(self.student, batch).float()
+            with self._heard(self.teacher) as theirs:
+                wanted = self._wanted(out, batch)
+        if ours is not None:
+            found.internals = ours, theirs
         return found, wanted, labels, batch["attention_mask"]
+
+    def _heard(self, model):
+        return overheard(model) if self.distillation and self.distillation.used else nullcontext()
 
     def _embedding(self, model, batch) -> torch.Tensor:
         return pooled(model, batch, self.pooling)
@@ -52,13 +71,28 @@ class Objective(nn.Module):
         return None if self.teacher is None else out(self.teacher, batch).float()
 
     def _loss(self, found, wanted, labels, mask) -> torch.Tensor:
-        if self.task == "embedding":
-            return (1 - cosine_similarity(found, wanted, dim=-1)).mean()
-        loss = 0 if wanted is None else self.alpha * self._distance(found, wanted, mask)
-        share = 1 if wanted is None else 1 - self.alpha
-        if share:
-            loss = loss + share * (_next_token_loss(found, labels) if self.task == "lm" else cross_entropy(found, labels))
+        weights = self.answer_weights(has_teacher=wanted is not None)
+        loss = 0
+        if internals := _internals_of(found):
+            loss = self.distillation(*internals, mask)
+        if weights.get("embedding"):
+            loss = loss + weights["embedding"] * (1 - cosine_similarity(found, wanted, dim=-1)).mean()
+        if weights.get("logits"):
+            loss = loss + weights["logits"] * self._distance(found, wanted, mask)
+        if weights.get("task"):
+            loss = loss + weights["task"] * self.task_loss(found, labels)
         return loss
+
+    def task_loss(self, found, labels) -> torch.Tensor:
+        return _next_token_loss(found, labels) if self.task == "lm" else cross_entropy(found, labels)
+
+    def answer_weights(self, *, has_teacher: bool) -> dict[str, float]:
+        """Of the answers' losses."""
+        if self.task == "embedding":
+            weights = {"embedding": 1.0}
+        else:
+            weights = {"logits": self.alpha, "task": 1 - self.alpha} if has_teacher else {"task": 1.0}
+        return weights | (self.distillation.answers if self.distillation else {})
 
     def _distance(self, found, wanted, mask) -> torch.Tensor:
         """T^2 KL(teacher, student) at temperature T: its gradient does not shrink with T (Hinton et al. 2015, sec. 2.1)."""
@@ -66,6 +100,11 @@ class Objective(nn.Module):
         distances = (wanted.exp() * (wanted - found)).sum(-1)  # [b] or, for lm, [b, t]
         weights = mask.float() if self.task == "lm" else torch.ones_like(distances)
         return self.temperature ** 2 * (distances * weights).sum() / weights.sum()
+
+
+def _internals_of(found: torch.Tensor) -> tuple[Internals, Internals] | None:
+    """(the student's, the teacher's) on the way to these answers"""
+    return getattr(found, "internals", None)
 
 
 def _logits(model, batch) -> torch.Tensor:

@@ -35,11 +35,11 @@ class StagedReport(TrainReport):
 
 def staged(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, method: str = "svd", ratio: float = 0.5,
            policy: str = "per_matrix", arguments: Mapping | None = None, layers: Sequence[str] | None = None,
-           by: str = "block", order: str = "backward", steps: int, final_share: float = FINAL_SHARE, learning_rate: float = 1e-4,
-           batch_size: int = 32, max_length: int | None = None, calibration_rows: int = 1024, teacher=None,
-           teacher_tokenizer=None, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
-           seed: int = 0, guard: float = 1.5, validation: Sequence[Mapping] | None = None, out: str | Path | None = None,
-           overwrite: bool = False, save_every: int = 100, on_progress=None) -> StagedReport:
+           by: str = "block", order: str = "backward", steps: int, final_share: float = FINAL_SHARE,
+           learning_rate: float = 1e-4, batch_size: int = 32, max_length: int | None = None, calibration_rows: int = 1024,
+           teacher=None, teacher_tokenizer=None, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
+           distill: Mapping | None = None, seed: int = 0, guard: float = 1.5, validation: Sequence[Mapping] | None = None,
+           out: str | Path | None = None, overwrite: bool = False, save_every: int = 100, on_progress=None) -> StagedReport:
     """Factorizes the model in place stage by stage, training all of it after each; with out, writes the result there.
 
     The ranks are planned once, on the dense model; each stage factorizes the weights as they are by then, with statistics of
@@ -63,7 +63,7 @@ def staged(model, train: Sequence[Mapping], *, tokenizer, task: str | None = Non
     each = steps_of_a_stage(steps, final_share, len(stages))
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
-                               temperature=temperature, alpha=alpha, autocast=autocast)
+                               temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)
     making.read(train, tokenizer, objective.task, rows=calibration_rows, batch_size=batch_size, max_length=max_length)
     sample = [padded(part, tokenizer) for part in slices(spread(data, _SAMPLE), batch_size)]
     options = making.options() | {

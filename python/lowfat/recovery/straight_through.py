@@ -38,9 +38,10 @@ def straight_through(model, train: Sequence[Mapping], *, tokenizer, task: str | 
                      freeze: float = FREEZE, pull: float = PULL, learning_rate: float = 1e-4,
                      shadow_rate: float = SHADOW_RATE, batch_size: int = 32, max_length: int | None = None,
                      calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None,
-                     temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto", seed: int = 0,
-                     validation: Sequence[Mapping] | None = None, out: str | Path | None = None, overwrite: bool = False,
-                     save_every: int = 100, on_progress=None) -> StraightThroughReport:
+                     temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
+                     distill: Mapping | None = None, seed: int = 0, validation: Sequence[Mapping] | None = None,
+                     out: str | Path | None = None, overwrite: bool = False, save_every: int = 100,
+                     on_progress=None) -> StraightThroughReport:
     """Factorizes a dense model in place and trains it; with out, writes the result there.
 
     Every layer computes with its factors and learns twice: the factors by their own gradients at learning_rate, and a dense
@@ -62,7 +63,7 @@ def straight_through(model, train: Sequence[Mapping], *, tokenizer, task: str | 
     making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
-                               temperature=temperature, alpha=alpha, autocast=autocast)
+                               temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)
     making.read(train, tokenizer, objective.task, rows=calibration_rows, batch_size=batch_size, max_length=max_length)
     options = making.options() | {
         "task": objective.task, "steps": steps, "every": every, "fade": fade, "freeze": freeze, "pull": pull,

@@ -16,6 +16,7 @@ from ..evaluate import judged
 from ..model_inputs import fitting, padding
 from ..pooling import carry_pooling, pooling_of
 from ..structures import STRUCTURES, structures
+from .distillation import Distillation, read_terms
 from .objective import Objective
 
 
@@ -69,21 +70,25 @@ def check_numbers(alpha: float, whole: Mapping[str, int], **numbers: float) -> N
 
 
 def prepared(model, train: Sequence[Mapping], *, tokenizer, task: str | None, teacher, teacher_tokenizer, validation,
-             max_length: int | None, temperature: float, alpha: float, autocast: bool | str) -> tuple[Objective, list[dict]]:
+             max_length: int | None, temperature: float, alpha: float, autocast: bool | str,
+             distill: Mapping | None = None) -> tuple[Objective, list[dict]]:
     """(what to minimize, the tokenized examples); ArgumentError or DeviceError where model, teacher and rows do not fit."""
     task = task_for(model, task)
+    terms = read_terms(distill, task, teacher)
     _check_models(model, tokenizer, task, teacher, teacher_tokenizer)
     pooling = _pooling(model, teacher) if task == "embedding" else None
     autocast = _autocast(autocast, model.device)
-    has_labels = task != "embedding" and (teacher is None or alpha < 1)
+    weight = terms["task"]["weight"] if "task" in terms else 1.0 if teacher is None else 1 - alpha
+    has_labels = task != "embedding" and weight > 0
     label2id = label_ids(train, model.config.label2id)[1] if has_labels and task == "classification" else None
     data = examples(train, tokenizer, task, max_length=fitting(max_length, model), labels=has_labels, label2id=label2id)
     if validation is not None:
         judged(validation, tokenizer, task, model, max_length=max_length, label2id=label2id)
+    distillation = Distillation(terms, model, teacher, padded(data[:1], tokenizer), pooling=pooling) if terms else None
     if label2id is not None:  # names learned from the rows
         model.config.label2id, model.config.id2label = label2id, {number: name for name, number in label2id.items()}
     return Objective(model, task, teacher=teacher, temperature=temperature, alpha=alpha, autocast=autocast,
-                     pooling=pooling), data
+                     pooling=pooling, distillation=distillation), data
 
 
 def _check_models(model, tokenizer, task: str, teacher, teacher_tokenizer) -> None:
@@ -145,7 +150,12 @@ def _fingerprint(objective: Objective, data, options: dict) -> dict:
     model, teacher = objective.student, objective.teacher
     return {"model": _digest(model), "teacher": teacher and _digest(teacher), "pooling": objective.pooling,
             "trained": progress.json_digest([name for name, one in model.named_parameters() if one.requires_grad]),
-            "data": progress.json_digest(data), "options": options} | progress.environment(model.device)
+            "data": progress.json_digest(data), "options": options,
+            } | _distilled(objective) | progress.environment(model.device)
+
+
+def _distilled(objective: Objective) -> dict:
+    return {"distill": objective.distillation.terms} if objective.distillation else {}
 
 
 def _digest(model) -> str:
