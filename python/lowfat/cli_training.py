@@ -13,12 +13,14 @@ from .errors import ArgumentError
 from .methods import named
 from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
 from .plan import POLICIES
+from .recovery.distillation import spelled
 from .recovery.staged import FINAL_SHARE
 from .recovery.straight_through import EVERY, FADE, FREEZE, PULL, SHADOW_RATE
 from .show import bar, print_json, show_pretraining, show_staged, show_straight_through, show_training
 
 Train = Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)]
 Teacher = Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")]
+Distill = Annotated[Optional[str], typer.Option(metavar="TERMS", help="Of it too: hidden=1,attention=1.")]
 Method = Annotated[str, typer.Option(metavar="NAME", help="One of those of lowfat factorize.")]
 Ratio = Annotated[float, typer.Option(metavar="SHARE", help="Parameters to keep in these layers.")]
 Policy = Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(POLICIES)}.", show_default=False)]
@@ -26,6 +28,7 @@ Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="NAME=VALUE",
 # hidden: named in one line of the help, so that it fits on a screen
 HiddenLayers = Annotated[Optional[list[str]], typer.Option("--layers", hidden=True)]
 HiddenTexts = Annotated[Optional[Path], typer.Option("--validation", hidden=True)]
+HiddenDistill = Annotated[Optional[str], typer.Option("--distill", hidden=True)]
 HiddenTask = Annotated[Optional[str], typer.Option("--task", hidden=True)]
 HiddenLength = Annotated[Optional[int], typer.Option("--max-length", hidden=True)]
 HiddenSeed = Annotated[int, typer.Option("--seed", hidden=True)]
@@ -35,7 +38,7 @@ HiddenEvery = Annotated[int, typer.Option("--save-every", hidden=True)]
 def finetune(
     model: Model, out_folder: Out, train: Train,
     validation: Annotated[Optional[Path], typer.Option(metavar="TEXTS", help="Judged after the last step.")] = None,
-    teacher: Teacher = None,
+    teacher: Teacher = None, distill: Distill = None,
     steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 300,
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Reached after a tenth of them.")] = 1e-4,
     task: Task = None, max_length: MaxLength = None, batch_size: BatchSize = 32, seed: Seed = 0,
@@ -50,9 +53,9 @@ def finetune(
     """
     from .recovery import finetune as strategy
 
-    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
-                  steps=steps, learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed,
-                  save_every=save_every, overwrite=overwrite)
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, distill=distill,
+                  task=task, device=device, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
+                  max_length=max_length, seed=seed, save_every=save_every, overwrite=overwrite)
     print_json(report.to_json()) if as_json else show_training(report, out_folder)
 
 
@@ -65,11 +68,11 @@ def staged(
     batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
     by: Annotated[str, typer.Option(hidden=True)] = "block",
     final_share: Annotated[float, typer.Option(hidden=True)] = FINAL_SHARE,
-    layers: HiddenLayers = None, validation: HiddenTexts = None, task: HiddenTask = None, max_length: HiddenLength = None,
-    seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
+    layers: HiddenLayers = None, distill: HiddenDistill = None, validation: HiddenTexts = None, task: HiddenTask = None,
+    max_length: HiddenLength = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:
     """Factorizes MODEL block by block, trains in between, and writes it to OUT. Killed, the same command continues. Also:
-    --layers, --by matrix, --final-share, --task, --validation, --max-length, --seed, --save-every.
+    --layers, --by matrix, --final-share, --distill, --task, --validation, --max-length, --seed, --save-every.
 
     \b
     Example:  lowfat staged all-MiniLM-L6-v2 by-stages --steps 60 \\
@@ -77,8 +80,9 @@ def staged(
     """
     from .recovery import staged as strategy
 
-    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
-                  method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, distill=distill,
+                  task=task, device=device, method=method, ratio=ratio, policy=policy,
+                  arguments=named("--set", arguments or []),
                   layers=layers or None, by=by, order=order, steps=steps, final_share=final_share,
                   learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed,
                   save_every=save_every, overwrite=overwrite)
@@ -97,12 +101,12 @@ def straight_through(
     fade: Annotated[float, typer.Option(hidden=True)] = FADE,
     freeze: Annotated[float, typer.Option(hidden=True)] = FREEZE,
     pull: Annotated[float, typer.Option(hidden=True)] = PULL,
-    layers: HiddenLayers = None, validation: HiddenTexts = None, task: HiddenTask = None, max_length: HiddenLength = None,
-    seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
+    layers: HiddenLayers = None, distill: HiddenDistill = None, validation: HiddenTexts = None, task: HiddenTask = None,
+    max_length: HiddenLength = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:
     """Trains MODEL through factors that are chosen anew on the way, and writes those to OUT. Killed, the same command
-    continues. Also: --policy, --layers, --shadow-rate, --fade, --freeze, --pull, --task, --validation, --max-length, --seed,
-    --save-every.
+    continues. Also: --policy, --layers, --shadow-rate, --fade, --freeze, --pull, --distill, --task, --validation,
+    --max-length, --seed, --save-every.
 
     \b
     Example:  lowfat straight-through all-MiniLM-L6-v2 learned --steps 60 \\
@@ -110,8 +114,9 @@ def straight_through(
     """
     from .recovery import straight_through as strategy
 
-    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
-                  method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, distill=distill,
+                  task=task, device=device, method=method, ratio=ratio, policy=policy,
+                  arguments=named("--set", arguments or []),
                   layers=layers or None, steps=steps, every=every, fade=fade, freeze=freeze, pull=pull,
                   learning_rate=learning_rate, shadow_rate=shadow_rate, batch_size=batch_size, max_length=max_length,
                   seed=seed, save_every=save_every, overwrite=overwrite)
@@ -184,13 +189,14 @@ def _plan(structure: str | None, arguments: dict, preset) -> dict | None:
 
 
 def _run(strategy: Callable, model: str, out_folder: Path, *, train: Path, validation: Path | None, teacher: str | None,
-         task: str | None, device: str, **options):
+         distill: str | None, task: str | None, device: str, **options):
     """The report of a strategy on the model, with a bar of its progress."""
     from .job import open_model
 
-    where, rows, judged = device_of(device), read_rows(train), validation and read_rows(validation)
+    where, rows, judged, terms = device_of(device), read_rows(train), validation and read_rows(validation), spelled(distill)
     with bar("opening") as tell:
         student, tokenizer = open_model(model_folder(model), task=task, device=where)
         followed, its_tokenizer = open_model(model_folder(teacher), task=task, device=where) if teacher else (None, None)
         return strategy(student, rows, tokenizer=tokenizer, task=task, teacher=followed, teacher_tokenizer=its_tokenizer,
-                        validation=judged, out=out_folder, on_progress=partial(tell, stage="training"), **options)
+                        distill=terms, validation=judged, out=out_folder, on_progress=partial(tell, stage="training"),
+                        **options)

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -534,3 +535,17 @@ def test_terms_are_spelled_on_the_command_line():
     for text, message in (("hidden", "NAME=VALUE"), ("", "NAME=VALUE"), ("hidden=1,hidden=2", "has hidden twice")):
         with pytest.raises(ArgumentError, match=message):
             spelled(text)
+
+
+@pytest.mark.parametrize("command", ["finetune", "staged", "straight_through"])
+def test_the_commands_pass_them_on(tmp_path, monkeypatch, command):
+    from lowfat import cli_training, recovery
+
+    classifier().save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
+    seen = []
+    monkeypatch.setattr(recovery, command, lambda *args, **options: seen.append(options) or SimpleNamespace(to_json=dict))
+    getattr(cli_training, command)(str(tmp_path / "dense"), tmp_path / "out", tmp_path / "texts.jsonl",
+                                   teacher=str(tmp_path / "dense"), distill="hidden=1,cls=2", device="cpu", as_json=True)
+    assert seen[0]["distill"] == {"hidden": 1, "cls": 2}
