@@ -140,7 +140,7 @@ def random_internals(widths, *, batch=3, length=6, heads=2, is_causal=False):
     from lowfat.recovery.internals import Attention
 
     hidden = {number: torch.randn(batch, length, width) for number, width in enumerate(widths)}
-    attention = {number: Attention(torch.randn(batch, heads, length, 4), torch.randn(batch, heads, length, 4), 0.5, is_causal)
+    attention = {number: Attention(*torch.randn(2, batch, heads, length, 4), 0.5, is_causal)
                  for number in range(1, len(widths))}
     return Internals(hidden, attention)
 
@@ -278,8 +278,8 @@ def test_no_term_sees_padding(kind):
     student, teacher, batch = tiny_model(kind, "sdpa"), tiny_model(kind, "sdpa"), inputs(batch_of(5))
     task = "lm" if kind == "llama" else "classification"
     distill = {name: 1.0 for name in ALL if task != "lm" or name != "cls"} | {"task": 0, "logits": 0}
-    objective = Objective(student, task, teacher=teacher, temperature=1.0, alpha=1.0, autocast=False,
-                          distillation=Distillation(read_terms(distill, task, teacher), student, teacher, batch, pooling=None))
+    made = Distillation(read_terms(distill, task, teacher), student, teacher, batch, pooling=None)
+    objective = Objective(student, task, teacher=teacher, temperature=1.0, alpha=1.0, autocast=False, distillation=made)
     longer = {name: torch.nn.functional.pad(value, (0, 3)) for name, value in batch.items()}
     found, again = objective(**batch)["loss"], objective(**longer)["loss"]
     assert found > 0.1 and abs(found - again) < 1e-5 * found
@@ -454,7 +454,7 @@ def test_blank_answers_cost_what_the_teacher_weighs():
 # ------------------------------------------------------------------------------------------------ what is refused
 
 @pytest.mark.parametrize("distill, message", [
-    ({"hiden": 1}, "distill has 'hiden'; for classification needs one of hidden, attention, cls, relations, cosine, task, logits"),
+    ({"hiden": 1}, "has 'hiden'; for classification needs one of hidden, attention, cls, relations, cosine, task, logits"),
     ({"embedding": 1}, "distill has 'embedding'"), ("hidden=1", "distill is 'hidden=1'; needs weights by name"),
     ({"hidden": -1}, "hidden has weight -1"), ({"hidden": math.nan}, "hidden has weight nan"),
     ({"hidden": True}, "hidden has weight True"), ({"hidden": "1"}, "hidden has weight '1'"),
@@ -506,6 +506,8 @@ def test_a_model_without_a_list_of_layers_or_transformers_attention_is_named():
     bloom = BloomForSequenceClassification(BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2, pad_token_id=0))
     with pytest.raises(ArgumentError, match="layer 1 of the model does not go through transformers' attention interface"):
         train(bloom, teacher=copy.deepcopy(bloom), distill={"attention": 1})
+    with pytest.raises(ArgumentError, match="cls: attention does not go through transformers' interface"):
+        train(bloom, teacher=copy.deepcopy(bloom), distill={"cls": 1})
     train(bloom, teacher=copy.deepcopy(bloom).eval(), distill={"hidden": 1, "relations": 1}, steps=1)
 
 
@@ -531,7 +533,8 @@ def test_terms_are_spelled_on_the_command_line():
     assert spelled(None) is None
     assert spelled("hidden=1,attention=0.5") == {"hidden": 1, "attention": 0.5}
     assert spelled("relations=10:window=4:layers=last,cls=2:layers=[[1,2],[2,4]],task=0") == {
-        "relations": {"weight": 10, "window": 4, "layers": "last"}, "cls": {"weight": 2, "layers": [[1, 2], [2, 4]]}, "task": 0}
+        "relations": {"weight": 10, "window": 4, "layers": "last"}, "cls": {"weight": 2, "layers": [[1, 2], [2, 4]]},
+        "task": 0}
     for text, message in (("hidden", "NAME=VALUE"), ("", "NAME=VALUE"), ("hidden=1,hidden=2", "has hidden twice")):
         with pytest.raises(ArgumentError, match=message):
             spelled(text)

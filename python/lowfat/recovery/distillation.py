@@ -212,6 +212,13 @@ def _check_widths(terms: Distillation, name: str, ours: Internals, theirs: Inter
                                 f"{sizes[1]}; needs the same (hidden has a projection, relations need none)")
 
 
+def _check_cls(terms: Distillation, name: str, ours: Internals, theirs: Internals) -> None:
+    _check_widths(terms, name, ours, theirs)
+    if terms.pooling is None and not (ours.attention and theirs.attention):
+        raise ArgumentError("distill: cls: attention does not go through transformers' interface, which would say whether a "
+                            "text is read at its first token or its last; leave cls out")
+
+
 def _cls(terms: Distillation, name: str, ours: Internals, theirs: Internals, mask: Tensor) -> Tensor:
     def vector(heard: Internals, layer: int) -> Tensor:
         states = heard.hidden[layer].float()
@@ -288,7 +295,7 @@ class _Term(NamedTuple):
 TERMS = {
     "hidden": _Term(_hidden, _check_hidden, {"layers": "uniform"}),
     "attention": _Term(_attention, _check_attention, {"layers": "uniform"}, first=1),
-    "cls": _Term(_cls, _check_widths, {"layers": "skip"}, first=1),
+    "cls": _Term(_cls, _check_cls, {"layers": "skip"}, first=1),
     "relations": _Term(_relations, _check_relations, {"layers": "uniform", "window": 4, "triples": 1.0, "between": 1.0}),
     "cosine": _Term(_cosine, _check_widths, {"layers": "last"}, first=1),
 }

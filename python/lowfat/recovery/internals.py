@@ -2,6 +2,7 @@
 
 Taken by hooks on the blocks, and where transformers hands queries and keys to an implementation of attention (eager, sdpa):
 never from the layers, which may be factorized, or run several as one call."""
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+
+_ONE_AT_A_TIME = threading.RLock()  # of the threads: transformers' choice of an attention function is the process's
 
 
 @dataclass
@@ -72,17 +75,17 @@ def overheard(model) -> Iterator[Internals]:
 
     handles = [blocks[0].register_forward_pre_hook(enters, with_kwargs=True), model.base_model.register_forward_hook(ends),
                *(block.register_forward_hook(leaves(number)) for number, block in enumerate(blocks, 1))]
-    restore = _patched(ALL_ATTENTION_FUNCTIONS, owners, found.attention)
     try:
-        yield found
+        with _ONE_AT_A_TIME, _patched(ALL_ATTENTION_FUNCTIONS, owners, found.attention):
+            yield found
     finally:
-        restore()
         for handle in handles:
             handle.remove()
 
 
-def _patched(interface, owners: dict[nn.Module, int], found: dict[int, Attention]) -> Callable[[], None]:
-    """Has transformers' choice of an attention function answer with one that also fills in `found`; what undoes it."""
+@contextmanager
+def _patched(interface, owners: dict[nn.Module, int], found: dict[int, Attention]) -> Iterator[None]:
+    """Inside, transformers' choice of an attention function answers with one that also fills in `found`."""
     original, before = interface.get_interface, vars(interface).get("get_interface")
 
     def get_interface(implementation, default):
@@ -98,11 +101,11 @@ def _patched(interface, owners: dict[nn.Module, int], found: dict[int, Attention
 
         return attend
 
-    def restore():
+    interface.get_interface = get_interface
+    try:
+        yield
+    finally:
         if before is None:
             del interface.get_interface
         else:
             interface.get_interface = before
-
-    interface.get_interface = get_interface
-    return restore
