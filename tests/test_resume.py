@@ -18,7 +18,7 @@ import torch
 
 from lowfat import job, storage
 from lowfat.errors import ArgumentError, IntegrityError
-from lowfat.recovery import finetune, staged, straight_through
+from lowfat.recovery import finetune, meta_distill, staged, straight_through
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -58,8 +58,22 @@ def run_straight_through(work, **changes):
     return straight_through(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
 
+def run_meta_distill(work, **changes):
+    """Every second step with a lesson; the teacher is wider, so that there are projections to train, too."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    options = {"steps": 6, "every": 2, "batch_size": 4, "max_length": 12, "save_every": 2, "seed": 3,
+               "distill": {"hidden": 1.0, "attention": 1.0}} | changes
+    model, tok = job.open_model(work / "dense")
+    torch.manual_seed(1)
+    teacher = BertForSequenceClassification(BertConfig(
+        vocab_size=32, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=40, num_labels=2)).eval()
+    return meta_distill(model, options.pop("rows", rows(10)), tokenizer=tok, teacher=teacher, out=work / "out", **options)
+
+
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
-        "straight_through": run_straight_through}
+        "straight_through": run_straight_through, "meta_distill": run_meta_distill}
 
 
 def child(call):
@@ -148,7 +162,8 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
           "finetune": ["step 1", "step 3", "S2", "S6", "step 6", "last S3", "last S6", "progress removal"],
           # the first stage has the steps 1 and 2, and 3 to 6 when it was undone; the second 7 and 8, and 9 to 12
           "staged": ["ordered", "S6", "step 3", "stage 1", "step 10", "renamed", "last S6", "progress removal"],
-          "straight_through": ["step 1", "step 3", "S6", "step 4", "step 7", "last S6", "progress removal"]}
+          "straight_through": ["step 1", "step 3", "S6", "step 4", "step 7", "last S6", "progress removal"],
+          "meta_distill": ["step 1", "step 3", "S6", "step 5", "last S6", "progress removal"]}
 
 
 @pytest.mark.timeout(300)
@@ -230,7 +245,7 @@ def test_overwrite_survives_a_kill_between_the_renames(tmp_path, name):
     run = partial(JOBS[name], tmp_path, overwrite=True)
     assert forked(run) == 0
     expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}, "staged": {"seed": 4},
-                                             "straight_through": {"seed": 4}}[name]
+                                             "straight_through": {"seed": 4}, "meta_distill": {"seed": 4}}[name]
     assert forked(partial(run, **other)) == 0
     old = result(tmp_path)
     assert old != expected
@@ -257,6 +272,10 @@ CHANGES = {
     "straight_through": {"options.every": {"every": 2}, "options.fade": {"fade": 0.3}, "options.freeze": {"freeze": 0.2},
                          "options.pull": {"pull": 0.0}, "options.shadow_rate": {"shadow_rate": 1e-5},
                          "options.calibration": {"calibration_rows": 7}, "data": {"rows": rows(9)}},
+    "meta_distill": {"options.every": {"every": 3}, "options.teacher_rate": {"teacher_rate": 2e-5},
+                     "options.quiz_share": {"quiz_share": 0.2}, "options.alpha": {"alpha": 0.4}, "data": {"rows": rows(9)},
+                     "distill.hidden.weight": {"distill": {"hidden": 2.0, "attention": 1.0}},
+                     "distill.attention": {"distill": {"hidden": 1.0}}},
 }
 
 

@@ -1,4 +1,5 @@
 """Training that wins quality back: one file per strategy."""
 from .finetune import finetune
+from .meta_distill import meta_distill
 from .staged import staged
 from .straight_through import straight_through
