@@ -63,7 +63,7 @@ def run_meta_distill(work, **changes):
     from transformers import BertConfig, BertForSequenceClassification
 
     options = {"steps": 6, "every": 2, "batch_size": 4, "max_length": 12, "save_every": 2, "seed": 3,
-               "distill": {"hidden": 1.0, "attention": 1.0}} | changes
+               "distill": {"hidden": {"weight": 1.0, "until": 0.7}, "attention": 1.0}} | changes
     model, tok = job.open_model(work / "dense")
     torch.manual_seed(1)
     teacher = BertForSequenceClassification(BertConfig(

@@ -151,11 +151,11 @@ def mask_of(*lengths, length=None):
 
 def loss_of(distill, ours, theirs, mask, task="classification", pooling=None):
     """Of internals that no model made."""
-    terms = read_terms(distill, task, teacher=object())
+    terms = read_terms(distill, task, object(), 0.5)
     found = Distillation.__new__(Distillation)
     torch.nn.Module.__init__(found)
     counts = len(ours.hidden) - 1, len(theirs.hidden) - 1
-    found.terms, found.pooling, found.projections = terms, pooling, torch.nn.ModuleDict()
+    found.terms, found.pooling, found.projections, found.progress = terms, pooling, torch.nn.ModuleDict(), 0.0
     found.used = list(terms)
     found.pairs = {name: paired(term["layers"], *counts, first=TERMS[name].first) for name, term in terms.items()}
     return found(ours, theirs, mask)
@@ -278,7 +278,7 @@ def test_no_term_sees_padding(kind):
     student, teacher, batch = tiny_model(kind, "sdpa"), tiny_model(kind, "sdpa"), inputs(batch_of(5))
     task = "lm" if kind == "llama" else "classification"
     distill = {name: 1.0 for name in ALL if task != "lm" or name != "cls"} | {"task": 0, "logits": 0}
-    made = Distillation(read_terms(distill, task, teacher), student, teacher, batch, pooling=None)
+    made = Distillation(read_terms(distill, task, teacher, 0.5), student, teacher, batch, pooling=None)
     objective = Objective(student, task, teacher=teacher, temperature=1.0, alpha=1.0, autocast=False, distillation=made)
     longer = {name: torch.nn.functional.pad(value, (0, 3)) for name, value in batch.items()}
     found, again = objective(**batch)["loss"], objective(**longer)["loss"]
@@ -293,8 +293,8 @@ def test_a_teacher_that_is_the_student_costs_nothing_and_a_factorized_one_does()
                 layer.weight *= 10  # new ones hardly change what comes in
     for student, is_equal in ((copy.deepcopy(teacher), True), (factorized(copy.deepcopy(teacher)), False)):
         for name in ALL:
-            distillation = Distillation(read_terms({name: 1.0}, "classification", teacher), student, teacher, inputs(batch),
-                                        pooling=None)
+            terms = read_terms({name: 1.0}, "classification", teacher, 0.5)
+            distillation = Distillation(terms, student, teacher, inputs(batch), pooling=None)
             with torch.no_grad():
                 with overheard(student) as ours:
                     student(**inputs(batch))
@@ -340,7 +340,7 @@ def test_the_projection_starts_the_same_whatever_the_generator_holds():
         before = torch.get_rng_state()
         student, teacher = classifier(), deep_classifier()
         before = torch.get_rng_state()
-        made = Distillation(read_terms({"hidden": 1}, "classification", teacher), student, teacher, inputs(batch_of(2)),
+        made = Distillation(read_terms({"hidden": 1}, "classification", teacher, 0.5), student, teacher, inputs(batch_of(2)),
                             pooling=None)
         assert torch.equal(torch.get_rng_state(), before)
         found.append(made.projections["hidden"].weight)
@@ -364,7 +364,7 @@ def test_terms_add_to_the_loss_of_before_and_weights_of_the_answers_take_the_pla
     student, teacher, batch = classifier().eval(), classifier().eval(), batch_of(5)
 
     def loss(distill, alpha=0.3):
-        terms = read_terms(distill, "classification", teacher)
+        terms = read_terms(distill, "classification", teacher, 0.5)
         made = Distillation(terms, student, teacher, inputs(batch), pooling=None) if terms else None
         with torch.no_grad():
             return Objective(student, "classification", teacher=teacher, temperature=2.0, alpha=alpha, autocast=False,
@@ -391,6 +391,32 @@ def test_weights_of_zero_are_plain_finetuning_bit_for_bit():
     teacher, student = classifier(), classifier()
     train(student, teacher=teacher, distill={"hidden": 0.1})
     assert digest(student) != found[0]
+
+
+def test_terms_count_in_their_part_of_the_run_and_no_longer(tmp_path):
+    """TinyBERT's order, first what is on the way and then the answers, in one run: as in two."""
+    hidden, answers, found = {"hidden": 1.0, "task": 0, "logits": 0}, {"task": 0, "logits": 1.0}, []
+    both = {"hidden": {"weight": 1.0, "until": 0.5}, "task": 0, "logits": {"weight": 1.0, "from": 0.5}}
+    for distill in (both, hidden, answers):
+        torch.manual_seed(3)
+        teacher, student = classifier(), classifier()
+        found.append(train(student, teacher=teacher, distill=distill, steps=8).losses)
+    each, early, late = ([entry["loss"] for entry in losses] for losses in found)
+    assert each[:4] == early[:4] and len(each) == 8
+    # the fifth loss is of the answers of a student that has learned of the hidden states alone
+    assert all(abs(a - b) > 1e-4 for a, b in zip(each[4:], early[4:])) and abs(each[4] - late[0]) < abs(each[4] - early[3])
+    with pytest.raises(ArgumentError, match="from 0 of the steps on every weight is 0"):  # alpha leaves none to the task
+        train(classifier(), teacher=classifier(), alpha=1.0, distill={"logits": {"weight": 1, "from": 0.5}})
+    with pytest.raises(ArgumentError, match="staged compares losses"):
+        staged(classifier(), rows(10), tokenizer=tokenizer(), teacher=classifier(), distill=both, steps=8)
+
+
+def test_the_clock_runs_on_through_the_phases_of_a_run(monkeypatch):
+    seen, counting = [], Distillation.counting
+    monkeypatch.setattr(Distillation, "counting", lambda self: seen.append(self.progress) or counting(self))
+    straight_through(classifier(), rows(10), tokenizer=tokenizer(), teacher=classifier(), distill={"hidden": 1.0}, steps=5,
+                     every=2, freeze=0.4, fade=0.2, batch_size=4, max_length=12, autocast=False)
+    assert sorted(set(seen)) == [0.0, 0.2, 0.4, 0.6, 0.8]
 
 
 def test_the_teacher_stays_as_it_is():
@@ -441,7 +467,7 @@ def test_half_precision_models():
 def test_blank_answers_cost_what_the_teacher_weighs():
     """staged() compares losses with those of a model that knows nothing: it computes zeros on the way, too."""
     student, teacher, batch = classifier().eval(), classifier().eval(), batch_of(5)
-    terms = read_terms({"hidden": 1, "cosine": 1, "task": 0, "logits": 0}, "classification", teacher)
+    terms = read_terms({"hidden": 1, "cosine": 1, "task": 0, "logits": 0}, "classification", teacher, 0.5)
     objective = Objective(student, "classification", teacher=teacher, temperature=2.0, alpha=0.5, autocast=False,
                           distillation=Distillation(terms, student, teacher, inputs(batch), pooling=None))
     with torch.no_grad(), overheard(teacher) as heard:
@@ -459,7 +485,7 @@ def test_blank_answers_cost_what_the_teacher_weighs():
     ({"hidden": -1}, "hidden has weight -1"), ({"hidden": math.nan}, "hidden has weight nan"),
     ({"hidden": True}, "hidden has weight True"), ({"hidden": "1"}, "hidden has weight '1'"),
     ({"hidden": {"layers": "last"}}, "hidden has no weight"),
-    ({"hidden": {"weight": 1, "window": 3}}, "hidden has no option 'window'; it has weight, layers"),
+    ({"hidden": {"weight": 1, "window": 3}}, "hidden has no option 'window'; it has weight, from, until, layers"),
     ({"relations": {"weight": 1, "window": 0}}, "relations has window 0"),
     ({"relations": {"weight": 1, "between": -1.0}}, "relations has between -1.0"),
     ({"relations": {"weight": 1, "layers": "last"}}, "relations between layers need two or more"),
@@ -467,7 +493,11 @@ def test_blank_answers_cost_what_the_teacher_weighs():
     ({"hidden": {"weight": 1, "layers": [1, 2]}}, r"hidden has layers \[1, 2\]"),
     ({"hidden": {"weight": 1, "layers": [[1, 3]]}}, "hidden pairs layer 1 with 3; the model has 0 to 2, the teacher 0 to 2"),
     ({"attention": {"weight": 1, "layers": [[0, 1]]}}, "attention pairs layer 0 with 1; the model has 1 to 2"),
-    ({"hidden": 0, "task": 0, "logits": 0}, "every weight is 0"),
+    ({"hidden": 0, "task": 0, "logits": 0}, "from 0 of the steps on every weight is 0"),
+    ({"hidden": {"weight": 1, "until": 0.5}, "task": 0, "logits": {"weight": 1, "from": 0.6}}, "from 0.5 of the steps on"),
+    ({"hidden": {"weight": 1, "until": 0.5}, "task": 0, "logits": 0}, "from 0.5 of the steps on"),
+    ({"hidden": {"weight": 1, "from": 0.5, "until": 0.5}}, "hidden counts from 0.5 until 0.5"),
+    ({"hidden": {"weight": 1, "until": 2}}, "hidden counts from 0.0 until 2"),
 ])
 def test_wrong_terms_are_named_before_any_work(tmp_path, distill, message):
     model = classifier()
@@ -523,7 +553,7 @@ def test_a_resumed_run_must_have_the_same_terms(tmp_path):
 
     plain = fingerprint(None)
     assert "distill" not in plain and fingerprint({"hidden": 1}) == plain | {
-        "distill": {"hidden": {"layers": "uniform", "weight": 1}}}
+        "distill": {"hidden": {"layers": "uniform", "weight": 1, "from": 0.0, "until": 1.0}}}
     assert fingerprint({"hidden": {"weight": 1, "layers": [(1, 2)]}})["distill"]["hidden"]["layers"] == [[1, 2]]
 
 

@@ -44,7 +44,7 @@ def batch_of(data):
 
 
 def taught(student, teacher, quiz, *, distill=None, rate=0.5, every=1, teacher_rate=1e-3):
-    terms = read_terms(distill, "classification", teacher)
+    terms = read_terms(distill, "classification", teacher, 0.5)
     inputs = {name: value for name, value in batch_of(rows(2)).items() if name != "labels"}
     plain = Objective(student, "classification", teacher=teacher, temperature=2.0, alpha=0.7, autocast=False,
                       distillation=Distillation(terms, student, teacher, inputs, pooling=None) if terms else None)

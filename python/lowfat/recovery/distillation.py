@@ -9,7 +9,8 @@
     task, logits, embedding   weights of the answers' own losses, in the place of 1 - alpha, alpha and 1
 
 Each is a mean over texts, tokens that are no padding, and entries, and a sum over layers. A weight may come with options:
-{"relations": {"weight": 10, "window": 4}}.
+{"relations": {"weight": 10, "window": 4}}. Every one has from and until, shares of the steps between which it counts:
+{"hidden": {"weight": 1, "until": 0.5}, "task": 0, "logits": {"weight": 1, "from": 0.5}} is TinyBERT's order.
 """
 import math
 import re
@@ -18,20 +19,23 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, mse_loss, normalize, pad, smooth_l1_loss
+from torch.nn.functional import cosine_similarity, mse_loss, normalize
 
 from ..errors import ArgumentError
 from ..listen import untouched
 from ..methods import named
 from .internals import Internals, blocks_of, overheard
+from .relations import difference, near, related
 
 ANSWERS = {"classification": ("task", "logits"), "lm": ("task", "logits"), "embedding": ("embedding",)}  # by task
 MAPS = ("uniform", "skip", "last")
-_TINY = 1e-6  # a distance that counts as this much at least, so that points that coincide have a direction
+_TIMES = {"from": 0.0, "until": 1.0}
 
 
-def read_terms(distill: Mapping | None, task: str, teacher) -> dict[str, dict]:
-    """{term: {"weight": 1.0, its options}} with every default filled in; ArgumentError for what cannot be had."""
+def read_terms(distill: Mapping | None, task: str, teacher, alpha: float) -> dict[str, dict]:
+    """{term: {"weight": 1.0, its options}} with every default filled in; ArgumentError for what cannot be had.
+
+    alpha: what the weight of the teacher's answers is where distill does not say."""
     if not distill:
         return {}
     if not isinstance(distill, Mapping):
@@ -45,13 +49,25 @@ def read_terms(distill: Mapping | None, task: str, teacher) -> dict[str, dict]:
     if task == "lm" and "cls" in distill:
         raise ArgumentError("distill: cls needs one vector that stands for the text; a language model has none")
     terms = {name: _read(name, value) for name, value in distill.items()}
-    if not any(term["weight"] for term in terms.values()) and all(name in terms for name in ANSWERS[task]):
-        raise ArgumentError("distill: every weight is 0, so there is nothing to learn")
+    weights = (1.0,) if task == "embedding" else (1 - alpha, alpha)
+    others = {name: {"weight": weight} | _TIMES for name, weight in zip(ANSWERS[task], weights)}
+    _check_cover(others | terms)
     return terms
 
 
+def _check_cover(terms: Mapping[str, Mapping]) -> None:
+    weighty = [term for term in terms.values() if term["weight"]]
+    for moment in sorted({0.0, *(term["until"] for term in weighty)} - {1.0}):
+        if not any(_is_time(term, moment) for term in weighty):
+            raise ArgumentError(f"distill: from {moment:g} of the steps on every weight is 0, so there is nothing to learn")
+
+
+def _is_time(term: Mapping, progress: float) -> bool:
+    return term["from"] <= progress < term["until"]
+
+
 def _read(name: str, value) -> dict:
-    defaults = TERMS[name].options if name in TERMS else {}
+    defaults = _TIMES | (TERMS[name].options if name in TERMS else {})
     given = dict(value) if isinstance(value, Mapping) else {"weight": value}
     for option in given:
         if option not in ("weight", *defaults):
@@ -67,6 +83,9 @@ def _read(name: str, value) -> dict:
                 raise ArgumentError(f"distill: {name} has window {number!r}; needs a whole number, at least 1")
         elif isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
             raise ArgumentError(f"distill: {name} has {option} {number!r}; needs a number, at least 0")
+    if not 0 <= found["from"] < found["until"] <= 1:
+        raise ArgumentError(f"distill: {name} counts from {found['from']} until {found['until']}; needs shares of the "
+                            "steps, the first below the second")
     return {option: _plain(number) if option == "layers" else number for option, number in found.items()}
 
 
@@ -121,6 +140,7 @@ class Distillation(nn.Module):
         self.terms, self.pooling = {name: dict(term) for name, term in terms.items()}, pooling
         self.answers = {name: term["weight"] for name, term in terms.items() if name not in TERMS}
         self.used = [name for name, term in terms.items() if name in TERMS and term["weight"]]
+        self.progress = 0.0  # share of the run's steps that are taken
         self.pairs: dict[str, list[tuple[int, int]]] = {}
         self.projections = nn.ModuleDict()
         if self.used:
@@ -134,7 +154,19 @@ class Distillation(nn.Module):
     def forward(self, ours: Internals, theirs: Internals, mask: Tensor) -> Tensor:
         """The weighted sum of the terms.    mask [b, t]"""
         mask = mask.bool()
-        return sum(self.terms[name]["weight"] * TERMS[name].loss(self, name, ours, theirs, mask) for name in self.used)
+        return sum(self.terms[name]["weight"] * TERMS[name].loss(self, name, ours, theirs, mask) for name in self.counting())
+
+    def counting(self) -> list[str]:
+        """The terms that count by now."""
+        return [name for name in self.used if _is_time(self.terms[name], self.progress)]
+
+    def answers_now(self) -> dict[str, float]:
+        return {name: weight if _is_time(self.terms[name], self.progress) else 0.0 for name, weight in self.answers.items()}
+
+    @property
+    def changes(self) -> bool:
+        """Whether the loss is another later in the run."""
+        return any(term[name] != value for term in self.terms.values() for name, value in _TIMES.items())
 
     def projected(self, layer: int, states: Tensor) -> Tensor:
         """The student's hidden states as wide as the teacher's; what enters the blocks has a projection of its own."""
@@ -244,45 +276,19 @@ def _check_relations(terms: Distillation, name: str, ours: Internals, theirs: In
 
 def _relations(terms: Distillation, name: str, ours: Internals, theirs: Internals, mask: Tensor) -> Tensor:
     term, pairs = terms.terms[name], terms.pairs[name]
-    near = _near(mask[..., None], term["window"]).squeeze(-1)
-    near = near & mask[..., None] & (torch.arange(near.shape[-1], device=mask.device) != term["window"])  # not itself
+    counts = near(mask[..., None], term["window"]).squeeze(-1)
+    counts = counts & mask[..., None] & (torch.arange(counts.shape[-1], device=mask.device) != term["window"])  # not itself
     total = 0
     for mine, other in pairs:
-        total = total + _difference(*(_related(states, _near(states, term["window"]), near) for states in
+        total = total + difference(*(related(states, near(states, term["window"]), counts) for states in
                                       (ours.hidden[mine].float(), theirs.hidden[other].float())), term["triples"])
     if term["between"]:
         layers = [torch.stack([states.float()[mask] for states in some], dim=1)  # [tokens, layers, d]
                   for some in ([ours.hidden[mine] for mine, _ in pairs], [theirs.hidden[other] for _, other in pairs])]
         others = ~torch.eye(len(pairs), dtype=torch.bool, device=mask.device).expand(len(layers[0]), -1, -1)
-        total = total + term["between"] * _difference(
-            *(_related(points, points[:, None], others) for points in layers), term["triples"])
+        total = total + term["between"] * difference(
+            *(related(points, points[:, None], others) for points in layers), term["triples"])
     return total
-
-
-def _near(states: Tensor, window: int) -> Tensor:
-    """Every token's neighbours from `window` before to `window` after it, zeros beyond the ends.
-
-    [b, t, d] -> [b, t, 2 window + 1, d]"""
-    return pad(states, (0, 0, window, window)).unfold(1, 2 * window + 1, 1).mT
-
-
-def _related(points: Tensor, others: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(distances over their mean, cosines of the angles between two others) of those that count, seen from each point.
-
-    points [m, n, d]   others [m, n or 1, a, d]   counts [m, n, a]"""
-    ways = others - points[:, :, None]
-    lengths = ways.square().sum(-1).clamp(min=_TINY**2).sqrt()
-    directions = ways / lengths[..., None]
-    same = torch.eye(counts.shape[-1], dtype=torch.bool, device=counts.device)
-    two = counts[..., :, None] & counts[..., None, :] & ~same
-    distances = lengths[counts]
-    return distances / distances.mean(), (directions @ directions.mT)[two]
-
-
-def _difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], triples: float) -> Tensor:
-    """Texts of one token have no relation, those of two no angle."""
-    return sum(weight * smooth_l1_loss(mine, other, reduction="sum") / max(mine.numel(), 1)
-               for mine, other, weight in zip(ours, theirs, (1.0, triples)) if weight)
 
 
 class _Term(NamedTuple):

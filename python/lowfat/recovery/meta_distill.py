@@ -81,7 +81,7 @@ def meta_distill(model, train: Sequence[Mapping], *, tokenizer, task: str | None
 def _check_losses(objective: Objective) -> None:
     if objective.task == "embedding":
         raise ArgumentError("meta_distill needs labels for its quiz; an embedding has none")
-    weights = objective.answer_weights(has_teacher=True)
+    weights = objective.answer_weights(has_teacher=True) | (objective.distillation.answers if objective.distillation else {})
     if not weights["task"]:
         raise ArgumentError("meta_distill: the labels have weight 0; needs alpha below 1, for the quiz is judged by them")
     if not weights["logits"] and not (objective.distillation and objective.distillation.used):

@@ -57,7 +57,7 @@ class Objective(nn.Module):
         return found, wanted, labels, batch["attention_mask"]
 
     def _heard(self, model):
-        return overheard(model) if self.distillation and self.distillation.used else nullcontext()
+        return overheard(model) if self.distillation and self.distillation.counting() else nullcontext()
 
     def _embedding(self, model, batch) -> torch.Tensor:
         return pooled(model, batch, self.pooling)
@@ -87,12 +87,12 @@ class Objective(nn.Module):
         return _next_token_loss(found, labels) if self.task == "lm" else cross_entropy(found, labels)
 
     def answer_weights(self, *, has_teacher: bool) -> dict[str, float]:
-        """Of the answers' losses."""
+        """Of the answers' losses, by now."""
         if self.task == "embedding":
             weights = {"embedding": 1.0}
         else:
             weights = {"logits": self.alpha, "task": 1 - self.alpha} if has_teacher else {"task": 1.0}
-        return weights | (self.distillation.answers if self.distillation else {})
+        return weights | (self.distillation.answers_now() if self.distillation else {})
 
     def _distance(self, found, wanted, mask) -> torch.Tensor:
         """T^2 KL(teacher, student) at temperature T: its gradient does not shrink with T (Hinton et al. 2015, sec. 2.1)."""

@@ -64,6 +64,8 @@ def staged(model, train: Sequence[Mapping], *, tokenizer, task: str | None = Non
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
                                temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)
+    if objective.distillation and objective.distillation.changes:
+        raise ArgumentError("distill: from and until change the loss on the way, and staged compares losses of its stages")
     making.read(train, tokenizer, objective.task, rows=calibration_rows, batch_size=batch_size, max_length=max_length)
     sample = [padded(part, tokenizer) for part in slices(spread(data, _SAMPLE), batch_size)]
     options = making.options() | {

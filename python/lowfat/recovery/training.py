@@ -74,7 +74,7 @@ def prepared(model, train: Sequence[Mapping], *, tokenizer, task: str | None, te
              distill: Mapping | None = None) -> tuple[Objective, list[dict]]:
     """(what to minimize, the tokenized examples); ArgumentError or DeviceError where model, teacher and rows do not fit."""
     task = task_for(model, task)
-    terms = read_terms(distill, task, teacher)
+    terms = read_terms(distill, task, teacher, alpha)
     _check_models(model, tokenizer, task, teacher, teacher_tokenizer)
     pooling = _pooling(model, teacher) if task == "embedding" else None
     autocast = _autocast(autocast, model.device)
@@ -193,7 +193,7 @@ def train_phase(objective: Objective, order: list[dict], tokenizer, phase: Phase
     before a state is saved. The state's resumed_from is the step where this call began."""
     from transformers import TrainingArguments
 
-    from .training_state import ProgressCallback, ResumableTrainer, moments_of, newest_state
+    from .training_state import Clock, ProgressCallback, ResumableTrainer, moments_of, newest_state
 
     student = objective.student
     arguments = TrainingArguments(
@@ -209,8 +209,9 @@ def train_phase(objective: Objective, order: list[dict], tokenizer, phase: Phase
         remove_unused_columns=False, report_to="none")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel: the model stays on its device
     first = phase.start * batch_size
+    clock = [Clock(objective.distillation, phase)] if objective.distillation else []
     trainer = ResumableTrainer(objective, arguments, states=states, start=phase.start, moments=moments, rates=rates or {},
-                               make=updates.make, callbacks=[*callbacks, ProgressCallback(on_progress, phase)],
+                               make=updates.make, callbacks=[*clock, *callbacks, ProgressCallback(on_progress, phase)],
                                train_dataset=order[first:first + phase.steps * batch_size],
                                data_collator=lambda part: padded(part, tokenizer))
     newest = states and newest_state(states)

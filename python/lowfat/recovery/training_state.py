@@ -113,6 +113,16 @@ class ProgressCallback(TrainerCallback):
             self.on_progress(step, self.phase.total, f"{self.phase.what}{loss}")
 
 
+class Clock(TrainerCallback):
+    """Tells a distillation how much of the run is over, before every step."""
+
+    def __init__(self, distillation, phase):
+        self.distillation, self.phase = distillation, phase
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.distillation.progress = (self.phase.start + state.global_step) / self.phase.total
+
+
 @contextmanager
 def same_bits(device: torch.device):
     """Deterministic kernels where a GPU has a choice; leaves the caller's random generators and settings as they were."""
