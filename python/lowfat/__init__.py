@@ -14,11 +14,11 @@ from .pretrain import PretrainReport, pretrain
 from .recovery import finetune, meta_distill, staged, straight_through
 from .replace import ReplaceReport, replace
 from .stats import Stats
-from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Sum, Wavelet
+from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Submatrix, Sum, Wavelet
 
 __all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankSparse",
-           "Monarch", "PerLayer", "Plan", "PretrainReport", "ReplaceReport", "Report", "Sparse24", "Stats", "Sum",
-           "Wavelet", "adapt", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize", "finetune",
-           "group_blocks", "kernels", "load", "load_adapter", "low_rank", "merge_adapters", "meta_distill",
+           "Monarch", "PerLayer", "Plan", "PretrainReport", "ReplaceReport", "Report", "Sparse24", "Stats", "Submatrix",
+           "Sum", "Wavelet", "adapt", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize",
+           "finetune", "group_blocks", "kernels", "load", "load_adapter", "low_rank", "merge_adapters", "meta_distill",
            "parameter_groups", "plan", "pretrain", "replace", "save", "save_adapter", "staged", "straight_through",
            "unadapt", "ungroup_blocks", "unmerge_adapters"]

@@ -5,10 +5,11 @@ from .low_rank_sparse import LowRankSparse
 from .monarch import Monarch
 from .sparse24 import Sparse24
 from .structure import Structure, keep_indices_local, share, structures
+from .submatrix import Submatrix
 from .sum import PARTS, Sum
 from .wavelet import Wavelet
 
-STRUCTURES = PARTS | {"Sum": Sum, "Wavelet": Wavelet}
+STRUCTURES = PARTS | {"Submatrix": Submatrix, "Sum": Sum, "Wavelet": Wavelet}
 
 __all__ = ["Dictionary", "LowRank", "LowRankGroup", "LowRankSparse", "Monarch", "STRUCTURES", "Sparse24", "Structure",
-           "Sum", "Wavelet", "keep_indices_local", "share", "structures"]
+           "Submatrix", "Sum", "Wavelet", "keep_indices_local", "share", "structures"]
