@@ -23,7 +23,7 @@ _FIELDS = ("gram", "fisher_in", "fisher_out", "fisher")
 @dataclass
 class Stats:
     """What one layer saw during calibration.   k features in, n out"""
-    gram: Tensor  # [k, k] fp32, sum over rows of x x^T
+    gram: Tensor | None  # [k, k] fp32, sum over rows of x x^T; None of weights that no inputs were seen with
     rows: int  # tokens that were counted, padding left out
     fisher_in: Tensor | None = None  # [k] fp32, mean squared gradient of a sample, summed over the outputs
     fisher_out: Tensor | None = None  # [n] fp32, the same summed over the inputs

@@ -9,6 +9,7 @@ from lowfat.stats import Stats
 
 EPS = torch.finfo(torch.float64).eps
 VARIANTS = [("svd", {}), ("fwsvd", {}), ("fwsvd", {"side": "out"}), ("fwsvd", {"side": "both"}), ("fwsvd", {"exact": True}),
+            ("sparsity_aware", {"drop": False}), ("sparsity_aware", {"drop": False, "exact": True}),
             ("whitened", {}), ("whitened", {"solver": "cholesky"}), ("whitened", {"solver": "eigen"}),
             ("whitened", {"solver": "output"})]
 IDS = ["-".join([name, *map(str, arguments.values())]) for name, arguments in VARIANTS]
@@ -71,7 +72,7 @@ def test_the_loss_curve_is_what_is_measured(name, arguments, shape):
     assert abs(metric(name, weight, stats, **arguments) - curve[0]) <= sum(shape) ** 2 * EPS * 1e3 * curve[0]
 
 
-def metric(name, residual, stats, side="in", exact=False, solver=None):
+def metric(name, residual, stats, side="in", exact=False, drop=False, solver=None):
     """The squared loss of each method written as its definition, damping and guard as documented."""
     if name == "svd":
         return residual.square().sum()
@@ -118,7 +119,7 @@ def polished(name, weight, stats, rank, arguments):
     gram, o = torch.eye(k, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
     if name == "whitened":
         gram = stats.gram + 1e-6 * stats.gram.diagonal().mean() * gram
-    if name == "fwsvd" and arguments.get("side") != "out":
+    if name in ("fwsvd", "sparsity_aware") and arguments.get("side") != "out":
         gram = torch.diag(stats.fisher_in / stats.fisher_in.mean() + 1e-5)
     if name == "fwsvd" and arguments.get("side", "in") != "in":
         o = stats.fisher_out / stats.fisher_out.mean() + 1e-5

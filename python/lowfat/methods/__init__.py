@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, LowfatError
 from ..structures import Structure
-from . import compot, cospadi, dictionary, dsformer, fwsvd, monarch, oats, prune, rocket, svd, whitened
+from . import compot, cospadi, dictionary, dsformer, fwsvd, monarch, oats, prune, rocket, sparsity_aware, svd, whitened
 
 
 def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
@@ -81,6 +81,8 @@ METHODS = {
                       cospadi.size, dictionary.count, shared_size=as_one(cospadi.size)),
     "dsformer": Method(dsformer.factorize, dsformer.losses, frozenset(), dsformer.ARGUMENTS, size=dsformer.size,
                        count=dsformer.count, refactorize=dsformer.refactorized),
+    "sparsity_aware": Method(sparsity_aware.factorize, sparsity_aware.losses, frozenset({"fisher"}), sparsity_aware.ARGUMENTS,
+                             sparsity_aware.require),
     "oats": Method(oats.factorize, oats.losses, frozenset({"gram"}), oats.ARGUMENTS, oats.require, oats.size, oats.count),
 }
 
