@@ -1,7 +1,8 @@
 """Pruning while training: scores say which weights stay, the largest of them do, and the share that stays falls as a cubic.
 
-First order (movement pruning, Sanh et al. 2005.07683): S takes part in y = x (W * M)^T only through its mask M = TopK(S), and
-learns straight through it, dS = (dL/d(W * M)) * W, so it sums up -rate g w: what moves away from zero stays. Zero order: S = |W|.
+First order (movement pruning, Sanh et al. 2005.07683): S takes part in y = x (W * M)^T only through its mask M = TopK(S),
+and learns straight through it, dS = (dL/d(W * M)) * W, so it sums up -rate g w: what moves away from zero stays. Zero order:
+S = |W|.
 Imported inside functions only, because it brings transformers."""
 from collections.abc import Mapping
 from functools import partial
@@ -39,8 +40,8 @@ class _Masked(torch.autograd.Function):
 class Movement:
     """The masks of some layers of a model, each nn.Linear or Conv1D, which compute with W * M until remove().
 
-    pattern: what has one score and stays or goes as a whole: an element, block:32 (32 x 32 weights, fewer at the edges), a row
-    (an output) or a column (an input). scope: whether the share `keep` of them is taken in each matrix, at least one, or of
+    pattern: what has one score and stays or goes as a whole: an element, block:32 (32 x 32 weights, fewer at the edges), a
+    row (an output) or a column (an input). scope: whether the share `keep` of them is taken in each matrix, at least one, or of
     all together. first_order False: the scores are the root mean squares of the weights, and nothing more is learned.
 
     Scores [blocks down, blocks across] are parameters named `score`, 0 at the start; masks follow from them whenever `keep`
