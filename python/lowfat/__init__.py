@@ -11,7 +11,7 @@ from .ops import low_rank
 from .optimizers import PerLayer, parameter_groups
 from .plan import Choice, Plan, plan
 from .pretrain import PretrainReport, pretrain
-from .recovery import finetune, meta_distill, staged, straight_through
+from .recovery import finetune, meta_distill, mixed_rank, staged, straight_through, theseus
 from .replace import ReplaceReport, replace
 from .stats import Stats
 from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Submatrix, Sum, Wavelet
@@ -20,5 +20,5 @@ __all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowR
            "Monarch", "PerLayer", "Plan", "PretrainReport", "ReplaceReport", "Report", "Sparse24", "Stats", "Submatrix",
            "Sum", "Wavelet", "adapt", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize",
            "finetune", "group_blocks", "kernels", "load", "load_adapter", "low_rank", "merge_adapters", "meta_distill",
-           "parameter_groups", "plan", "pretrain", "replace", "save", "save_adapter", "staged", "straight_through",
-           "unadapt", "ungroup_blocks", "unmerge_adapters"]
+           "mixed_rank", "parameter_groups", "plan", "pretrain", "replace", "save", "save_adapter", "staged",
+           "straight_through", "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters"]

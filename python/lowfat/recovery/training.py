@@ -71,8 +71,10 @@ def check_numbers(alpha: float, whole: Mapping[str, int], **numbers: float) -> N
 
 def prepared(model, train: Sequence[Mapping], *, tokenizer, task: str | None, teacher, teacher_tokenizer, validation,
              max_length: int | None, temperature: float, alpha: float, autocast: bool | str,
-             distill: Mapping | None = None) -> tuple[Objective, list[dict]]:
-    """(what to minimize, the tokenized examples); ArgumentError or DeviceError where model, teacher and rows do not fit."""
+             distill: Mapping | None = None,
+             kind: Callable[..., Objective] = Objective) -> tuple[Objective, list[dict]]:
+    """(what to minimize, of this kind; the tokenized examples). ArgumentError or DeviceError where model, teacher and rows do
+    not fit."""
     task = task_for(model, task)
     terms = read_terms(distill, task, teacher, alpha)
     _check_models(model, tokenizer, task, teacher, teacher_tokenizer)
@@ -87,8 +89,8 @@ def prepared(model, train: Sequence[Mapping], *, tokenizer, task: str | None, te
     distillation = Distillation(terms, model, teacher, padded(data[:1], tokenizer), pooling=pooling) if terms else None
     if label2id is not None:  # names learned from the rows
         model.config.label2id, model.config.id2label = label2id, {number: name for name, number in label2id.items()}
-    return Objective(model, task, teacher=teacher, temperature=temperature, alpha=alpha, autocast=autocast,
-                     pooling=pooling, distillation=distillation), data
+    return kind(model, task, teacher=teacher, temperature=temperature, alpha=alpha, autocast=autocast, pooling=pooling,
+                distillation=distillation), data
 
 
 def _check_models(model, tokenizer, task: str, teacher, teacher_tokenizer) -> None:
