@@ -244,7 +244,7 @@ def _factorized(members: Mapping[str, nn.Module], plan: Mapping,
             raise type(error)(f"{', '.join(names)}: {error}") from error
     owner = ""  # of what they share: the first that is kept
     for name, weight, layer, its in zip(names, weights, layers, seen):
-        layer, report = _judged(name, plan[name], weight, layer, None if its is None else its.gram)
+        layer, report = _judged(name, plan[name], weight, layer, its)
         if report.kept and owner:
             report.shares, report.parameters = owner, report.parameters - getattr(layer, layer.first).numel()
         elif report.kept:
@@ -267,14 +267,18 @@ def _solved(factorize: Callable, weights: Sequence[Tensor], biases: Sequence[Ten
 
 
 def _judged(name: str, choice, weight: Tensor, layer: Structure | None,
-            gram: Tensor | None) -> tuple[Structure | None, LayerReport]:
+            seen: Stats | None) -> tuple[Structure | None, LayerReport]:
     """(the layer, None where it stays dense; the report)"""
+    gram = None if seen is None else seen.gram
     report = LayerReport(name, choice.method, parameters=weight.numel(), dense_parameters=weight.numel(),
                          reason=choice.reason)
     if layer is None:
         return None, report
     report.error, report.output_error = residuals(weight, layer, gram)
-    deciding = report.output_error if "gram" in _needs(choice) and report.output_error is not None else report.error
+    needs = _needs(choice)
+    deciding = report.output_error if "gram" in needs and report.output_error is not None else report.error
+    if "fisher" in needs and seen.fisher is not None:
+        deciding = min(deciding, weighted_error(weight, layer, seen.fisher.to(weight.device)))
     report.shape, report.rank = layer.shape(), choice.arguments["rank"]
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
         layer, report.reason = None, "the factors are not finite"
@@ -292,6 +296,12 @@ def residuals(weight: Tensor, layer: Structure, gram: Tensor | None) -> tuple[fl
     dtype = torch.promote_types(weight.dtype, torch.float32)  # the factors are multiplied out in fp32, as the ops accumulate
     difference = deepcopy(layer).to(dtype).dense().neg_().add_(weight)
     return _relative(difference, weight, None), None if gram is None else _relative(difference, weight, gram.to(difference))
+
+
+def weighted_error(weight: Tensor, layer: Structure, fisher: Tensor) -> float:
+    """Root of sum_ij F_ij (W - What)_ij^2 / sum_ij F_ij W_ij^2, F [n, k]."""
+    root = fisher.to(torch.promote_types(weight.dtype, torch.float32)).sqrt()
+    return _relative((deepcopy(layer).to(root.dtype).dense() - weight) * root, weight * root, None)
 
 
 def _relative(difference: Tensor, weight: Tensor, gram: Tensor | None) -> float:
