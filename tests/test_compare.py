@@ -72,10 +72,11 @@ MISTAKES = {
     "ratios must lie above 0 and below 1": {"ratios": [0.5, 1.0]},
     "parameters are too few; rank 1 everywhere": {"methods": ["svd", "monarch:blocks=8"], "ratios": [0.2]},
     "learning_rates must lie above 0; found nan": {"learning_rates": [math.nan]},
-    "recoveries must be of none, finetune, staged, straight_through": {"recoveries": ["sleep"]},
+    "recoveries must be of none, finetune, staged, straight_through, mixed_rank, theseus, lpaf": {"recoveries": ["sleep"]},
     "seeds is 0": {"seeds": 0},
     "steps is 0": {"steps": 0},
     "2 stages, and 0.5 of the steps after them, need 4": {"steps": 2, "recoveries": ["staged"]},
+    "steps is 1; prune_share 0.5 leaves none": {"steps": 1, "recoveries": ["lpaf"]},
     "jobs is 1.5": {"jobs": 1.5},
     "policy must be one of": {"policy": "fair"},
     "task is 'poetry'": {"task": "poetry"},
@@ -121,7 +122,7 @@ def test_cells_are_what_the_library_makes(work, found):
         assert made[label, "finetune", 1]["numbers"] == judge(model) and made[label, "finetune", 1]["steps"] == 4
 
 
-@pytest.mark.parametrize("recovery", ["staged", "straight_through"])
+@pytest.mark.parametrize("recovery", ["staged", "straight_through", "mixed_rank", "theseus", "lpaf"])
 def test_what_factorizes_itself_spends_as_many_steps(work, tmp_path, recovery):
     made = run(work, out=tmp_path / "out", methods=("svd", "monarch:blocks=2"), recoveries=(recovery,), seeds=1)["cells"]
     assert [cell["steps"] for cell in made] == [0, 4, 4] and made[1]["kept"] <= 0.5 and not made[1]["failed"]

@@ -11,11 +11,12 @@ from ..factorize import factorize
 from ..job import open_model
 from ..method_inputs import needs_of, spread, stats_for, texts_for
 from ..plan import plan
-from ..recovery import finetune, staged, straight_through
+from ..recovery import finetune, lpaf, mixed_rank, staged, straight_through, theseus
 from .grid import Cell
 
 SCORES = {"classification": "accuracy", "embedding": "mrr", "lm": "nats_per_token"}  # the last: less is better
 CALIBRATION_BATCH = 8
+STRATEGIES = {one.__name__: one for one in (staged, straight_through, mixed_rank, theseus, lpaf)}  # which factorize, too
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _factorized(job: Job, cell: Cell, model, tokenizer) -> float:
 
 def _make(job: Job, cell: Cell, model, tokenizer, row: dict, on_progress) -> int:
     """Fills the row in as far as it gets; the step that an earlier call had reached."""
-    if cell.recovery in ("none", "finetune"):  # the others factorize themselves
+    if cell.recovery not in STRATEGIES:
         row["kept"] = _factorized(job, cell, model, tokenizer)
     if cell.recovery == "none":
         return 0
@@ -102,9 +103,9 @@ def _make(job: Job, cell: Cell, model, tokenizer, row: dict, on_progress) -> int
     if cell.recovery == "finetune":
         report = finetune(model, job.train, **training)
     else:
-        strategy = {"staged": staged, "straight_through": straight_through}[cell.recovery]
-        report = strategy(model, job.train, method=cell.method, ratio=cell.ratio, policy=job.policy, layers=job.layers,
-                          arguments=cell.settings, calibration_rows=job.calibration_rows, **training)
+        report = STRATEGIES[cell.recovery](model, job.train, method=cell.method, ratio=cell.ratio, policy=job.policy,
+                                           layers=job.layers, arguments=cell.settings,
+                                           calibration_rows=job.calibration_rows, **training)
         row["kept"] = report.factorized.ratio
     if cell.recovery == "staged":
         row["stages_failed"] = sum(stage.failed for stage in report.stages)

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from ..errors import ArgumentError
 from ..methods import check_arguments, named
 
-RECOVERIES = ("none", "finetune", "staged", "straight_through")
+RECOVERIES = ("none", "finetune", "staged", "straight_through", "mixed_rank", "theseus", "lpaf")
 
 
 @dataclass(frozen=True)

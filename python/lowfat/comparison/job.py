@@ -14,6 +14,7 @@ from ..measured import header
 from ..method_inputs import check_fit, check_task, needs_of
 from ..model_inputs import fitting
 from ..processes import threads_of, worked_out
+from ..recovery.lpaf import PRUNE_SHARE, pruning_steps
 from ..recovery.staged import FINAL_SHARE, stages_of, steps_of_a_stage
 from ..strict_json import read_json
 from .cell import SCORES, Job, model_of, run, statistics
@@ -35,11 +36,11 @@ def compare(folder: str | Path, train: Sequence[Mapping], test: Sequence[Mapping
     """Every method at every ratio with every recovery, learning rate and seed, at equal parameters and equal steps: trained
     on the rows of train, judged on those of test. Writes compare.json, compare.md and compare.png to `out`.
 
-    methods: names, with arguments as monarch:blocks=8. recoveries: none, finetune, staged, straight_through. seeds: how
-    many, from 0 on: of the order of texts, and dropout. distill: train towards the dense model's outputs (embeddings always
-    do). jobs: cells at a time, each in a process with its share of the threads. What is finished is kept beside `out` until
-    all is: the same call goes on after a kill, and may ask for more or less of the grid. Returns what compare.json holds.
-    Raises ArgumentError before any work for everything that can be known by then."""
+    methods: names, with arguments as monarch:blocks=8. recoveries: none, finetune, staged, straight_through, mixed_rank,
+    theseus, lpaf. seeds: how many, from 0 on: of the order of texts, and dropout. distill: train towards the dense model's
+    outputs (embeddings always do). jobs: cells at a time, each in a process with its share of the threads. What is finished
+    is kept beside `out` until all is: the same call goes on after a kill, and may ask for more or less of the grid. Returns
+    what compare.json holds. Raises ArgumentError before any work for everything that can be known by then."""
     cells = grid(methods, ratios, recoveries, learning_rates, seeds)
     folder, out, device = Path(folder), Path(out), torch.device(device)
     states = out.absolute().parent / f".{out.name}.progress"
@@ -95,6 +96,8 @@ def _check_model(model, tokenizer, job: Job, cells: list[Cell]) -> None:
         check_task(needs_of(cell.method, cell.settings, job.policy), job.task)
     if any(cell.recovery == "staged" for cell in cells):
         steps_of_a_stage(job.steps, FINAL_SHARE, len(stages_of(model, job.layers, "block")))
+    if any(cell.recovery == "lpaf" for cell in cells):
+        pruning_steps(job.steps, PRUNE_SHARE, None)
 
 
 # ------------------------------------------------------------------------------------------------ the cells
