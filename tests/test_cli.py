@@ -18,7 +18,7 @@ from lowfat import show
 from lowfat.cli import app, main
 from lowfat.errors import ArgumentError
 
-COMMANDS = ("demo", "factorize", "finetune", "staged", "straight-through", "compare", "reproduce", "pretrain",
+COMMANDS = ("demo", "factorize", "finetune", "staged", "straight-through", "lpaf", "compare", "reproduce", "pretrain",
             "evaluate", "inspect", "bench", "doctor")
 STAGE = re.compile(r"(\w+): \d+ s")  # a line of progress where stderr is no terminal
 MAIN = [sys.executable, "-c", f"from {main.__module__} import main; main()"]
@@ -181,6 +181,9 @@ def test_a_mistake_is_one_line(work, places, mistake):
     ("staged {dense} full --train {texts}", "exists already"),
     ("straight-through {dense} out --train {texts} --steps 1 --freeze 0.6", "steps is 1; freeze 0.6 leaves none"),
     ("straight-through {dense} out --train {texts} --fade 2", "fade is 2.0; needs 0 to 1"),
+    ("lpaf {dense} out --train {texts} --steps 1", "steps is 1; prune_share 0.5 leaves none"),
+    ("lpaf {dense} out --train {texts} --weighting size", "weighting is 'size'; needs one of scores, mask, none"),
+    ("lpaf {dense} full --train {texts}", "exists already"),
     ("inspect {empty}", "not a model"),
     ("inspect {dense} --layers nothing", "'nothing' matches no linear layer"),
     ("inspect {dense} --plot none/spectra.png", "the folder none does not exist"),
@@ -260,6 +263,10 @@ def test_the_whole_route(work, dense, texts):
                      "--every", "2", "--batch-size", "4").stdout
     assert re.search(r"factors made anew 2 times: \d+\.\d % from the dense weights at step 2, \d+\.\d % at step 4", learned)
     assert "5 steps on cpu" in learned and "accuracy" in learned and "parameters kept in these layers (4" in learned
+    pruned = lowfat("lpaf", dense, "pruned", "--train", texts, "--validation", texts, "--steps", "6", "--keep", "0.25",
+                    "--weighting", "mask", "--magnitude", "--batch-size", "4").stdout
+    assert "pruned to 25.0 % of the weights by step 3" in pruned
+    assert "6 steps on cpu" in pruned and "accuracy" in pruned and "parameters kept in these layers (4" in pruned
     assert json.loads(lowfat("evaluate", "by-stages", "--data", texts, "--json").stdout)["rows"] == 24
     assert json.loads(lowfat("evaluate", "better", "--data", texts, "--json").stdout)["rows"] == 24
     assert re.search(r"accuracy +[01]\.\d{4}", lowfat("evaluate", "better", "--data", texts, "--dtype", "bfloat16").stdout)
@@ -271,6 +278,7 @@ def test_the_whole_route(work, dense, texts):
     ("finetune {dense} out --train {texts} --steps 3", ["opening", "training"]),
     ("staged {dense} out --train {texts} --steps 4", ["opening", "training"]),
     ("straight-through {dense} out --train {texts} --steps 4", ["opening", "training"]),
+    ("lpaf {dense} out --train {texts} --steps 4", ["opening", "training"]),
     ("evaluate {dense} --data {texts} --batch-size 2", ["opening", "accuracy"]),
     ("inspect {dense}", ["opening", "spectra"])])
 def test_one_line_for_each_stage(work, dense, texts, command, stages):

@@ -19,6 +19,7 @@ import torch
 from lowfat import job, storage
 from lowfat.errors import ArgumentError, IntegrityError
 from lowfat.recovery import finetune, meta_distill, staged, straight_through
+from lowfat.recovery import finetune, lpaf, mixed_rank, staged, straight_through, theseus
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -74,6 +75,29 @@ def run_meta_distill(work, **changes):
 
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
         "straight_through": run_straight_through, "meta_distill": run_meta_distill}
+def run_mixed_rank(work, **changes):
+    """Dense branches that learn for five of eight steps."""
+    options = {"steps": 8, "p_init": 0.7, "train_dense": True, "batch_size": 4, "max_length": 12, "save_every": 2,
+               "method": "whitened", "calibration_rows": 8, "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return mixed_rank(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
+
+def run_theseus(work, **changes):
+    """Frozen dense blocks, which no state holds, for five of eight steps."""
+    options = {"steps": 8, "batch_size": 4, "max_length": 12, "save_every": 2, "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return theseus(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
+
+def run_lpaf(work, **changes):
+    """Five steps of pruning, which two states keep, and five of the factors."""
+    options = {"steps": 10, "keep": 0.3, "batch_size": 4, "max_length": 12, "save_every": 2, "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return lpaf(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
+JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
+        "straight_through": run_straight_through, "mixed_rank": run_mixed_rank, "theseus": run_theseus, "lpaf": run_lpaf}
 
 
 def child(call):
@@ -164,6 +188,8 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
           "staged": ["ordered", "S6", "step 3", "stage 1", "step 10", "renamed", "last S6", "progress removal"],
           "straight_through": ["step 1", "step 3", "S6", "step 4", "step 7", "last S6", "progress removal"],
           "meta_distill": ["step 1", "step 3", "S6", "step 5", "last S6", "progress removal"]}
+          "mixed_rank": ["step 3", "step 7", "last S6"], "theseus": ["step 5"],
+          "lpaf": ["step 3", "step 5", "step 8", "last S6"]}
 
 
 @pytest.mark.timeout(300)
@@ -231,7 +257,7 @@ def test_killed_again_and_again(tmp_path, name):
     expected = result(tmp_path)
     shutil.rmtree(tmp_path / "out")
     for attempt in range(10):
-        if (code := dying(30 if name in ("staged", "straight_through") else 12, run)) == 0:
+        if (code := dying(12 if name in ("factorize", "finetune") else 30, run)) == 0:
             break
         assert code == -signal.SIGKILL
     assert code == 0 and attempt > 0
@@ -246,6 +272,7 @@ def test_overwrite_survives_a_kill_between_the_renames(tmp_path, name):
     assert forked(run) == 0
     expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}, "staged": {"seed": 4},
                                              "straight_through": {"seed": 4}, "meta_distill": {"seed": 4}}[name]
+    expected, other = result(tmp_path), {"ratio": 0.4} if name == "factorize" else {"seed": 4}
     assert forked(partial(run, **other)) == 0
     old = result(tmp_path)
     assert old != expected
@@ -269,6 +296,15 @@ CHANGES = {
     "staged": {"options.guard": {"guard": 2.0}, "options.seed": {"seed": 4}, "options.order": {"order": "forward"},
                "options.final_share": {"final_share": 0.6}, "options.calibration": {"calibration_rows": 7},
                "options.ratio": {"ratio": 0.4}, "data": {"rows": rows(9)}, "options.method": {"method": "svd"}},
+    "mixed_rank": {"options.p_init": {"p_init": 0.6}, "options.until": {"until": 0.5}, "options.seed": {"seed": 4},
+                   "options.consistency": {"consistency": 0.5}, "options.schedule": {"schedule": "constant"},
+                   "options.train_dense": {"train_dense": False}, "options.calibration": {"calibration_rows": 7}},
+    "theseus": {"options.p_init": {"replaced": 0.5}, "options.until": {"until": 0.5}, "data": {"rows": rows(9)}},
+    "lpaf": {"options.keep": {"keep": 0.4}, "options.weighting": {"weighting": "mask"}, "options.scope": {"scope": "global"},
+             "options.pruning_steps": {"prune_share": 0.4}, "options.first_order": {"first_order": False},
+             "options.score_rate": {"score_rate": 0.1}, "options.warm_up": {"warm_up": 0.2},
+             "options.cool_down": {"cool_down": 0.2}, "options.p_init": {"p_init": 0.6}, "options.steps": {"steps": 12},
+             "options.arguments.exact": {"arguments": {"exact": True}}, "data": {"rows": rows(9)}},
     "straight_through": {"options.every": {"every": 2}, "options.fade": {"fade": 0.3}, "options.freeze": {"freeze": 0.2},
                          "options.pull": {"pull": 0.0}, "options.shadow_rate": {"shadow_rate": 1e-5},
                          "options.calibration": {"calibration_rows": 7}, "data": {"rows": rows(9)}},

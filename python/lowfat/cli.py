@@ -12,7 +12,7 @@ import torch
 import typer
 
 from .bench.shapes import MODELS
-from .cli_training import finetune, pretrain, staged, straight_through
+from .cli_training import finetune, lpaf, pretrain, staged, straight_through
 from .data import read_rows
 from .demo import ENCODER
 from .errors import ArgumentError, LowfatError
@@ -112,6 +112,7 @@ def factorize(
 for strategy, what in ((finetune, "Train a model on labels or on its dense teacher."),
                        (staged, "Factorize block by block, training in between."),
                        (straight_through, "Learn which factors to use."),
+                       (lpaf, "Prune, factorize, train with mixed ranks."),
                        (pretrain, "Train a new model with factors in its layers.")):
     app.command(short_help=what)(strategy)
 
@@ -153,8 +154,8 @@ def compare(
     distill: Annotated[bool, typer.Option("--distill", help="Train towards MODEL's outputs.")] = False,
     task: Task = None, max_length: MaxLength = None, device: Device = "auto", overwrite: Overwrite = False,
 ) -> None:
-    """Makes MODEL smaller by every method at every ratio, trains each (none, finetune, staged, straight_through), judges all
-    on the same texts: table, picture and JSON in the folder OUT. Killed, the same command continues.
+    """Makes MODEL smaller by every method at every ratio, trains each (none, finetune, staged, straight_through, mixed_rank,
+    theseus, lpaf), judges all on the same texts: table, picture, JSON in OUT. If killed, repeat it.
 
     \b
     Example:  lowfat compare all-MiniLM-L6-v2 table --seeds 1 --steps 20 \\

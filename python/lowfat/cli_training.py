@@ -14,9 +14,11 @@ from .methods import named
 from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
 from .plan import POLICIES
 from .recovery.distillation import spelled
+from .recovery.lpaf import COOL_DOWN, PRUNE_SHARE, SCORE_RATE, WARM_UP
+from .recovery.mixed_rank import CONSISTENCY, P_INIT, UNTIL
 from .recovery.staged import FINAL_SHARE
 from .recovery.straight_through import EVERY, FADE, FREEZE, PULL, SHADOW_RATE
-from .show import bar, print_json, show_pretraining, show_staged, show_straight_through, show_training
+from .show import bar, print_json, show_lpaf, show_pretraining, show_staged, show_straight_through, show_training
 
 Train = Annotated[Path, typer.Option(metavar="TEXTS", help=".jsonl or .txt file.", show_default=False)]
 Teacher = Annotated[Optional[str], typer.Option(metavar="DENSE", help="Model to follow; embeddings need one.")]
@@ -121,6 +123,49 @@ def straight_through(
                   learning_rate=learning_rate, shadow_rate=shadow_rate, batch_size=batch_size, max_length=max_length,
                   seed=seed, save_every=save_every, overwrite=overwrite)
     print_json(report.to_json()) if as_json else show_straight_through(report, out_folder)
+
+
+def lpaf(
+    model: Model, out_folder: Out, train: Train, teacher: Teacher = None, ratio: Ratio = 0.5,
+    keep: Annotated[Optional[float], typer.Option(metavar="SHARE", help="Weights that pruning leaves; or --ratio.")] = None,
+    prune_share: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps; 0 prunes nothing.")] = PRUNE_SHARE,
+    steps: Annotated[int, typer.Option(metavar="N", help="Of pruning, and of the factors.")] = 300,
+    learning_rate: Annotated[float, typer.Option(metavar="RATE", help="Of both.")] = 1e-4,
+    batch_size: BatchSize = 32, device: Device = "auto", overwrite: Overwrite = False, as_json: Json = False,
+    weighting: Annotated[str, typer.Option(hidden=True)] = "scores",
+    method: Annotated[str, typer.Option(hidden=True)] = "sparsity_aware",
+    arguments: Annotated[Optional[list[str]], typer.Option("--set", hidden=True)] = None,
+    policy: Annotated[str, typer.Option(hidden=True)] = "per_matrix",
+    first_order: Annotated[bool, typer.Option("--first-order/--magnitude", hidden=True)] = True,
+    scope: Annotated[str, typer.Option(hidden=True)] = "matrix",
+    score_rate: Annotated[float, typer.Option(hidden=True)] = SCORE_RATE,
+    warm_up: Annotated[float, typer.Option(hidden=True)] = WARM_UP,
+    cool_down: Annotated[float, typer.Option(hidden=True)] = COOL_DOWN,
+    p_init: Annotated[float, typer.Option(hidden=True)] = P_INIT,
+    until: Annotated[float, typer.Option(hidden=True)] = UNTIL,
+    consistency: Annotated[float, typer.Option(hidden=True)] = CONSISTENCY,
+    train_dense: Annotated[bool, typer.Option("--train-dense", hidden=True)] = False,
+    layers: HiddenLayers = None, validation: HiddenTexts = None, task: HiddenTask = None, max_length: HiddenLength = None,
+    seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
+) -> None:
+    """Prunes MODEL while it trains, factorizes it and trains that (LPAF), into OUT. If killed, repeat it. Also: --weighting
+    mask, --magnitude, --p-init, --until, --consistency, --train-dense, --scope, --score-rate, --warm-up, --cool-down,
+    --method, --set, --policy, --layers, --task, --validation, --max-length, --seed, --save-every.
+
+    \b
+    Example:  lowfat lpaf all-MiniLM-L6-v2 pruned --steps 60 \\
+                  --teacher all-MiniLM-L6-v2 --train lowfat-demo/texts.jsonl
+    """
+    from .recovery import lpaf as strategy
+
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
+                  method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
+                  layers=layers or None, steps=steps, prune_share=prune_share, keep=keep, first_order=first_order,
+                  scope=scope, score_rate=score_rate, warm_up=warm_up, cool_down=cool_down, weighting=weighting,
+                  p_init=p_init, until=until, consistency=consistency, train_dense=train_dense,
+                  learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed,
+                  save_every=save_every, overwrite=overwrite)
+    print_json(report.to_json()) if as_json else show_lpaf(report, out_folder)
 
 
 def pretrain(

@@ -173,6 +173,17 @@ def show_straight_through(report, folder: Path) -> None:
     show_training(report, folder)
 
 
+def show_lpaf(report, folder: Path) -> None:
+    if report.pruning:
+        last = report.pruning[-1]
+        out.print(f"pruned to {percent(last['kept'])} of the weights by step {last['step']}")
+    dropped = sum(layer.structure == "Submatrix" for layer in report.factorized.layers)
+    if dropped:
+        out.print(f"{counted(dropped, 'layer')} without empty rows and columns")
+    _show_kept(report.factorized)
+    show_training(report, folder)
+
+
 def _show_kept(found) -> None:
     out.print(f"{millions(found.parameters)} of {millions(found.dense_parameters)} parameters kept in these layers "
               f"({percent(found.ratio)})", soft_wrap=True)

@@ -127,6 +127,21 @@ def test_sums_alone_are_enough_for_the_closed_form():
     assert some.rank == all_.rank and (some.dense() - all_.dense()).norm() <= (24 + 18) ** 2 * EPS * 1e6 * weight.norm()
 
 
+def test_elements_that_hardly_count_may_become_anything_and_the_layer_is_kept(tiny_bert):
+    """Further from the weight than zeros are, but not where it counts: by what the method minimizes it is kept."""
+    names, omega = list(lowfat.plan(tiny_bert, method="svd", ratio=0.5)), {}
+    for name in names:
+        weight = tiny_bert.get_submodule(name).weight
+        mask = torch.rand(weight.shape) < 0.2
+        with torch.no_grad():
+            weight.mul_(mask)
+        omega[name] = stats_from(mask * torch.rand(weight.shape) + 1e-4)
+    stats = Calibration(omega)
+    plan = lowfat.plan(tiny_bert, method="sparsity_aware", ratio=0.5, stats=stats, arguments={"exact": True})
+    report = lowfat.factorize(tiny_bert, plan, stats)
+    assert all(layer.kept for layer in report.layers) and max(layer.error for layer in report.layers) > 1
+
+
 def test_a_model_keeps_its_budget_and_counts_what_is_stored(tiny_bert, tmp_path):
     names = [name for name in lowfat.plan(tiny_bert, method="svd", ratio=0.5)]
     omega = {}
