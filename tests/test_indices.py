@@ -5,7 +5,7 @@ import torch
 from lowfat import checkpoint
 from lowfat.errors import FormatError, IndexRangeError
 from lowfat.layers import dense_weight, factorizable, replace
-from lowfat.structures import Dictionary, LowRankSparse, Monarch, Sparse24
+from lowfat.structures import Dictionary, LowRankSparse, Monarch, Sparse24, Submatrix
 
 SIZES = {"atoms": 10, "nonzeros": 4, "blocks": (1, 2)}
 LAYERS = {  # by the buffer that holds the indices
@@ -16,9 +16,11 @@ LAYERS = {  # by the buffer that holds the indices
     "starts": lambda weight, bias: LowRankSparse.from_dense(weight, bias, rank=2, density=0.3),
     "columns": lambda weight, bias: LowRankSparse.from_dense(weight, bias, rank=2, density=0.3),
     "drawn columns": lambda weight, bias: LowRankSparse(weight.shape[1], weight.shape[0], rank=2, density=0.3, seed=3),
+    "inputs": lambda weight, bias: Submatrix.from_dense(weight, bias, rank=4),
+    "outputs": lambda weight, bias: Submatrix.from_dense(weight, bias, rank=4),
 }
 BUFFERS = {"2:4 mask": "mask", "bitmap": "mask", "positions": "positions", "rows": "rows", "starts": "starts",
-           "columns": "columns", "drawn columns": "columns"}
+           "columns": "columns", "drawn columns": "columns", "inputs": "inputs", "outputs": "outputs"}
 
 
 def first(number):
@@ -99,6 +101,8 @@ ONLY = {  # what a format may not say, though others may
                 "k + 1": first(49)},
     "drawn columns": {"negative": lambda t: -1 - t, "one place on": moved_on,
                       "of another seed": lambda t: LowRankSparse(32, 32, rank=2, density=0.3, seed=4).columns},
+    "inputs": {"negative": lambda t: -1 - t, "twice": repeated, "falling": lambda t: t.flip(0), "past the end": last(1)},
+    "outputs": {"negative": lambda t: -1 - t, "twice": repeated, "falling": lambda t: t.flip(0), "past the end": last(1)},
 }
 CASES = [(format, name, change, error) for format in LAYERS
          for table, error in ((VALUES, IndexRangeError), (KINDS, FormatError), (ONLY[format], IndexRangeError))

@@ -86,7 +86,8 @@ def test_zero_order_without_learning_is_the_factorization_of_the_pruned_weights(
 
 SWITCHES = [{}, {"first_order": False}, {"weighting": "mask"}, {"weighting": "none"}, {"p_init": 0.0}, {"consistency": 0.0},
             {"train_dense": True}, {"prune_share": 0.0}, {"keep": 0.2}, {"scope": "global"}, {"cool_down": 0.0},
-            {"score_rate": 0.1}, {"arguments": {"exact": True}}, {"prune_share": 0.3}, {"until": 0.2}]
+            {"score_rate": 0.1}, {"arguments": {"exact": True}}, {"prune_share": 0.3}, {"until": 0.2},
+            {"policy": "allocated"}]
 
 
 def test_every_switch_changes_what_comes_out():

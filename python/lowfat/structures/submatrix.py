@@ -83,7 +83,7 @@ class Submatrix(Structure):
 
     def shape(self) -> dict[str, Any]:
         return {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank,
-                "inputs": len(self.inputs), "outputs": len(self.outputs), "bias": self.bias is not None}
+                "inputs": self.v.shape[1], "outputs": self.u.shape[0], "bias": self.bias is not None}
 
     def check_indices(self) -> None:
         for name, indices, size in (("inputs", self.inputs, self.in_features), ("outputs", self.outputs, self.out_features)):
