@@ -90,14 +90,15 @@ SWITCHES = [{}, {"first_order": False}, {"weighting": "mask"}, {"weighting": "no
             {"policy": "allocated"}]
 
 
+@pytest.mark.timeout(180)  # sixteen runs
 def test_every_switch_changes_what_comes_out():
     """All of them at the same number of steps, and none like another."""
     found = []
     for change in SWITCHES:
         torch.manual_seed(9)
         model = classifier()
-        report = run(model, learning_rate=1e-3, **change)
-        assert report.steps == 10 and report.losses[-1]["step"] == 10 and report.factorized.ratio <= 0.5
+        report = run(model, steps=6, layers=["*.layer.0.*"], learning_rate=1e-3, **change)
+        assert report.steps == 6 and report.losses[-1]["step"] == 6 and report.factorized.ratio <= 0.5
         found.append(digest(model))
     assert len(set(found)) == len(SWITCHES)
 
