@@ -133,6 +133,15 @@ def test_as_many_weights_stay_as_asked_for_when_they_are_factorized(monkeypatch)
     assert kept[4] == pytest.approx(0.2 + 0.8 * (1 - 2 / 5) ** 3)  # step 5 begins at 4, of the two to seven that it falls in
 
 
+def test_the_last_masks_are_of_the_last_scores(monkeypatch):
+    """A schedule that falls until the end has not arrived at its last step."""
+    seen, apply = [], Movement.apply
+    monkeypatch.setattr(Movement, "apply", lambda self: (seen.extend(
+        int(mask.sum()) == round(0.2 * mask.numel()) for mask in self.masks().values()), apply(self)))
+    run(classifier(), keep=0.2, cool_down=0.0, layers=["*.layer.0.*"])
+    assert len(seen) == 6 and all(seen)
+
+
 def test_the_share_that_stays_is_the_ratio_unless_told():
     assert run(classifier(), ratio=0.4).pruning[-1]["kept"] == 0.4
     assert run(classifier(), ratio=0.4, keep=0.1).pruning[-1]["kept"] == 0.1
