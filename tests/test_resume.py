@@ -20,6 +20,7 @@ from lowfat import job, storage
 from lowfat.errors import ArgumentError, IntegrityError
 from lowfat.recovery import finetune, meta_distill, staged, straight_through
 from lowfat.recovery import finetune, lpaf, mixed_rank, staged, straight_through, theseus
+from lowfat.recovery import finetune, learned_ranks, staged, straight_through
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -98,6 +99,15 @@ def run_lpaf(work, **changes):
 
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
         "straight_through": run_straight_through, "mixed_rank": run_mixed_rank, "theseus": run_theseus, "lpaf": run_lpaf}
+def run_learned_ranks(work, **changes):
+    """Five steps with gates, and three of the components that were chosen then."""
+    options = {"steps": 8, "final_share": 0.4, "batch_size": 4, "max_length": 12, "save_every": 2, "method": "whitened",
+               "calibration_rows": 8, "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return learned_ranks(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
+JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
+        "straight_through": run_straight_through, "learned_ranks": run_learned_ranks}
 
 
 def child(call):
@@ -190,6 +200,7 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
           "meta_distill": ["step 1", "step 3", "S6", "step 5", "last S6", "progress removal"]}
           "mixed_rank": ["step 3", "step 7", "last S6"], "theseus": ["step 5"],
           "lpaf": ["step 3", "step 5", "step 8", "last S6"]}
+          "learned_ranks": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"]}
 
 
 @pytest.mark.timeout(300)
@@ -312,6 +323,9 @@ CHANGES = {
                      "options.quiz_share": {"quiz_share": 0.2}, "options.alpha": {"alpha": 0.4}, "data": {"rows": rows(9)},
                      "distill.hidden.weight": {"distill": {"hidden": 2.0, "attention": 1.0}},
                      "distill.attention": {"distill": {"hidden": 1.0}}},
+    "learned_ranks": {"options.final_share": {"final_share": 0.3}, "options.warmup": {"warmup": 0.4},
+                      "options.gate_rate": {"gate_rate": 0.2}, "options.start": {"start": 2.0},
+                      "options.ratio": {"ratio": 0.4}, "data": {"rows": rows(9)}},
 }
 
 

@@ -17,7 +17,7 @@ class Making:
 
     def __init__(self, model: nn.Module, *, method: str, ratio: float, policy: str, arguments: Mapping | None,
                  layers: Sequence[str] | None):
-        self.model, self.arguments, self.layers = model, dict(arguments or {}), layers
+        self.model, self.method, self.arguments, self.layers = model, method, dict(arguments or {}), layers
         self.needs = needs_of(method, self.arguments, policy)
         check_fit(model, method=method, arguments=self.arguments, ratio=ratio, layers=layers)
         self._planned = {"method": method, "ratio": ratio, "policy": policy, "arguments": self.arguments, "layers": layers}
