@@ -15,9 +15,11 @@ from . import manifest, storage
 from .errors import ArgumentError, FormatError, IntegrityError, LowfatError, NumericsError, UnsupportedError
 from .on_import import when_imported
 from .pooling import carry_pooling
+from .shrink import recorded
 from .strict_json import read_json
 from .structures import STRUCTURES, LowRankGroup, Structure, keep_indices_local, structures
-from .validate import FORMAT, INDEX, WEIGHTS, check_config, check_depth, check_quantization, read_headers, weight_files
+from .validate import (FORMAT, INDEX, SHRUNK, WEIGHTS, check_config, check_depth, check_quantization, read_headers,
+                       weight_files)
 
 # files of an earlier checkpoint that must not stay in a folder with a new one: transformers would find them first
 STALE = re.compile(r"(lowfat|model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|manifest\.json")
@@ -82,10 +84,14 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, dtype:
 @torch.no_grad()
 def export_dense(model: nn.Module, out: str | Path, *, tokenizer=None, overwrite: bool = False,
                  max_shard_size: int | str = SHARD_SIZE) -> None:
-    """Multiplies all factors out and writes a plain Hugging Face folder, which opens without lowfat."""
+    """Multiplies all factors out and writes a plain Hugging Face folder, which opens without lowfat. UnsupportedError for a
+    model whose blocks have sizes that transformers' config cannot say."""
     from transformers.modeling_utils import PreTrainedModel
 
     check_model(model)
+    if shrunk := recorded(model):
+        name, count = next(iter(shrunk.items()))
+        raise UnsupportedError(f"{name} has {count} units, which transformers' config cannot say; use save()")
     storage.check_target(out, overwrite)  # before the multiplication
     config = copy.deepcopy(model.config)
     _forget(config)
@@ -122,7 +128,7 @@ def attach(model: nn.Module) -> None:
     modules, ties = describe(model)
     keep_indices_local(model)
     quantizer.declare_ties(model, ties)
-    model.config.quantization_config = quantizer.FactorConfig(modules, ties)
+    model.config.quantization_config = quantizer.FactorConfig(modules, ties, shrunk=recorded(model))
 
 
 def describe(model: nn.Module) -> tuple[dict[str, dict], dict[str, str]]:
@@ -163,7 +169,7 @@ def _fill(model: nn.Module, folder: Path, *, max_shard_size: int | str, state_di
     modules, ties = describe(model)
     config = read_json(folder / "config.json")
     config["quantization_config"] = {"quant_method": "lowfat", "format": FORMAT, "weights": weights, "modules": modules,
-                                     "ties": ties}
+                                     "ties": ties} | ({SHRUNK: shrunk} if (shrunk := recorded(model)) else {})
     storage.write_json(folder / "config.json", config)
     carry_pooling(model, folder)
 
@@ -182,7 +188,7 @@ def _replace_save_pretrained() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *arguments, **options):
-        if any(isinstance(module, (Structure, LowRankGroup)) for module in self.modules()):
+        if any(isinstance(module, (Structure, LowRankGroup)) for module in self.modules()) or recorded(self):
             return _save_pretrained(self, save_directory, *arguments, **options)
         _forget(self.config)  # a config shared with a factorized model must not mark this one
         return original(self, save_directory, *arguments, **options)

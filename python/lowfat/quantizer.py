@@ -15,6 +15,7 @@ from . import manifest
 from .blocks import group_blocks
 from .errors import FormatError, IntegrityError, LowfatError
 from .layers import replace
+from .shrink import resize
 from .strict_json import read_json
 from .structures import Structure, Wavelet, keep_indices_local
 from .validate import (FORMAT, INDEX, WEIGHTS, build, check_config, check_layer, check_quantization, check_tensors, here,
@@ -28,11 +29,14 @@ class FactorConfig(QuantizationConfigMixin):
     """quantization_config of a lowfat checkpoint.
 
     modules: {name: {"structure": "LowRank", **layer.shape()}}. ties: {parameter: parameter it is}. weights: the file.
+    shrunk: {block: its heads or neurons}, where they are not as many as the rest of config.json says.
     """
 
     def __init__(self, modules: dict, ties: dict, weights: str = WEIGHTS, format: int = FORMAT, quant_method: str = "lowfat",
-                 **unknown):
+                 shrunk: dict | None = None, **unknown):
         self.quant_method, self.format, self.weights, self.modules, self.ties = quant_method, format, weights, modules, ties
+        if shrunk:
+            self.shrunk = shrunk
         check_quantization({**self.to_dict(), **unknown})
 
     @classmethod
@@ -61,7 +65,9 @@ class FactorQuantizer(HfQuantizer):
         if files and not exact.get():
             _check_folder(files, self.quantization_config.weights)
         ties = self.quantization_config.ties
-        found, modules = 0, dict(model.named_modules(remove_duplicate=False))
+        modules = dict(model.named_modules(remove_duplicate=False))
+        found = _resize(model, getattr(self.quantization_config, "shrunk", {}), modules)
+        modules = dict(model.named_modules(remove_duplicate=False))
         for name, spec in self.quantization_config.modules.items():
             if (local := here(model, name, modules)) is not None:
                 layer = build(name, spec)
@@ -113,6 +119,21 @@ class FactorQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _resize(model, shrunk: dict[str, int], modules: dict) -> int:
+    """How many blocks have other sizes now than their config says."""
+    counts = {}
+    for name, count in shrunk.items():
+        if (local := here(model, name, modules)) is not None:
+            counts[local] = count
+        elif exact.get():
+            raise FormatError(f"config.json: quantization_config.shrunk.{name} is no module of {type(model).__name__}")
+    try:
+        resize(model, counts)
+    except LowfatError as error:
+        raise FormatError(f"config.json: quantization_config.shrunk: {error}") from error
+    return len(counts)
 
 
 def declare_ties(model, ties: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ INDEX = "lowfat.safetensors.index.json"     # the same for weights in several fi
 SHARD = re.compile(r"lowfat-\d{5}-of-\d{5}\.safetensors")
 MAX_INDEX = 64 << 20  # bytes
 KEYS = {"quant_method", "format", "weights", "modules", "ties"}
+SHRUNK = "shrunk"  # the one key that may be missing: {block: units it has}, where config.json says another number
 CODE_KEYS = {"auto_map", "custom_pipelines"}  # they name Python files to run
 INDEX_DTYPES = {torch.int32: "I32", torch.int16: "I16"}  # what safetensors calls those of the structures' buffers
 HERE = "config.json: quantization_config"
@@ -34,8 +35,8 @@ def check_quantization(config) -> None:
         raise FormatError(f"{HERE}.format is {found!r}, expected a whole number from 1")
     if found > FORMAT:
         raise CompatibilityError(f"{HERE}.format is {found}, this lowfat reads up to {FORMAT}; a newer lowfat is needed")
-    if set(config) != KEYS:
-        unknown, missing = sorted(set(config) - KEYS), sorted(KEYS - set(config))
+    if set(config) - {SHRUNK} != KEYS:
+        unknown, missing = sorted(set(config) - KEYS - {SHRUNK}), sorted(KEYS - set(config))
         raise FormatError(f"{HERE} has unknown keys {unknown}" if unknown else f"{HERE} lacks {missing}")
     if config["weights"] not in (WEIGHTS, INDEX):
         raise FormatError(f"{HERE}.weights is {config['weights']!r}, expected {WEIGHTS} or {INDEX}")
@@ -43,6 +44,9 @@ def check_quantization(config) -> None:
         raise FormatError(f"{HERE}.modules is not an object")
     for name, spec in config["modules"].items():
         build(name, spec)
+    shrunk = config.get(SHRUNK, {})
+    if not isinstance(shrunk, dict) or not all(type(count) is int and count >= 1 for count in shrunk.values()):
+        raise FormatError(f"{HERE}.{SHRUNK} is {shrunk!r}, expected numbers of units by block")
     if not isinstance(config["ties"], dict):
         raise FormatError(f"{HERE}.ties is not an object")
     for pair in config["ties"].items():
@@ -94,7 +98,8 @@ def check_depth(config: dict, tensors: int) -> None:
     """Every block has a tensor, so no number of layers exceeds that of the tensors; FormatError, before a model is built."""
     for key, value in config.items():
         if isinstance(value, dict):
-            check_depth(value, tensors)
+            if key != "quantization_config":  # whose numbers are sizes, and held against the model
+                check_depth(value, tensors)
         elif "layer" in key and type(value) is int and value > tensors:
             raise FormatError(f"config.json: {key} is {value}, the weights hold {tensors} tensors")
 

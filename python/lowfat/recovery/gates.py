@@ -11,8 +11,9 @@ from transformers import TrainerCallback
 
 from ..layers import replace
 from ..ops import low_rank
+from ..shrink import Cuts
 from ..structures import LowRank
-from .phases import Cuts, saving_rank
+from .phases import saving_rank
 
 LOW, HIGH = -0.1, 1.1  # what a gate is stretched to before it is cut to 0..1, so that 0 and 1 themselves are drawn
 BETA = 1.0  # temperature: the smaller, the closer to a coin

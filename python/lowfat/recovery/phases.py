@@ -5,9 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..shrink import Cuts
 from .training import Phase, train_phase
-
-Cuts = dict[str, list[tuple[int, Tensor]]]  # {parameter: what stays of its dimensions, as (dimension, indices), one by one}
 
 
 @dataclass(frozen=True)

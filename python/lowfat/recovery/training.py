@@ -15,6 +15,7 @@ from ..errors import ArgumentError, DeviceError
 from ..evaluate import judged
 from ..model_inputs import fitting, padding
 from ..pooling import carry_pooling, pooling_of
+from ..shrink import recorded
 from ..structures import STRUCTURES, structures
 from .distillation import Distillation, read_terms
 from .objective import Objective
@@ -247,8 +248,9 @@ def in_order(data: list, count: int, seed: int) -> list:
 
 
 def _save(model, tokenizer, out: str | Path, overwrite: bool, facts: dict) -> None:
-    """Through lowfat.save when the model has factors; a dense one as the plain Hugging Face folder that it is."""
-    if any(isinstance(module, tuple(STRUCTURES.values())) for module in model.modules()):
+    """Through lowfat.save when the model has factors, or sizes that transformers' config cannot say; else as the plain
+    Hugging Face folder that it is."""
+    if any(isinstance(module, tuple(STRUCTURES.values())) for module in model.modules()) or recorded(model):
         from ..checkpoint import save
 
         save(model, out, tokenizer=tokenizer, overwrite=overwrite, facts=facts)
