@@ -21,6 +21,7 @@ from lowfat.errors import ArgumentError, IntegrityError
 from lowfat.recovery import finetune, meta_distill, staged, straight_through
 from lowfat.recovery import finetune, lpaf, mixed_rank, staged, straight_through, theseus
 from lowfat.recovery import finetune, learned_ranks, staged, straight_through
+from lowfat.recovery import finetune, isp, learned_ranks, staged, straight_through
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -106,8 +107,16 @@ def run_learned_ranks(work, **changes):
     model, tok = job.open_model(work / "dense")
     return learned_ranks(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
+
+def run_isp(work, **changes):
+    """Two rounds of three steps, after each of which units go, and two steps of those that stay."""
+    options = {"steps": 8, "rounds": 2, "final_share": 0.25, "batch_size": 4, "max_length": 12, "save_every": 2,
+               "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return isp(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
-        "straight_through": run_straight_through, "learned_ranks": run_learned_ranks}
+        "straight_through": run_straight_through, "learned_ranks": run_learned_ranks, "isp": run_isp}
 
 
 def child(call):
@@ -201,6 +210,8 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
           "mixed_rank": ["step 3", "step 7", "last S6"], "theseus": ["step 5"],
           "lpaf": ["step 3", "step 5", "step 8", "last S6"]}
           "learned_ranks": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"]}
+          "learned_ranks": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"],
+          "isp": ["step 1", "step 3", "S6", "step 4", "step 6", "step 8", "last S6", "progress removal"]}
 
 
 @pytest.mark.timeout(300)
@@ -326,6 +337,8 @@ CHANGES = {
     "learned_ranks": {"options.final_share": {"final_share": 0.3}, "options.warmup": {"warmup": 0.4},
                       "options.gate_rate": {"gate_rate": 0.2}, "options.start": {"start": 2.0},
                       "options.ratio": {"ratio": 0.4}, "data": {"rows": rows(9)}},
+    "isp": {"options.rounds": {"rounds": 1}, "options.policy": {"policy": "per_block"},
+            "options.final_share": {"final_share": 0.2}, "options.ratio": {"ratio": 0.6}, "data": {"rows": rows(9)}},
 }
 
 

@@ -1,5 +1,6 @@
 """Training that wins quality back: one file per strategy."""
 from .finetune import finetune
+from .isp import isp
 from .learned_ranks import learned_ranks
 from .lpaf import lpaf
 from .meta_distill import meta_distill

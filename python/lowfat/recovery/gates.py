@@ -13,6 +13,7 @@ from ..layers import replace
 from ..ops import low_rank
 from ..shrink import Cuts
 from ..structures import LowRank
+from .choosing import best
 from .phases import saving_rank
 
 LOW, HIGH = -0.1, 1.1  # what a gate is stretched to before it is cut to 0..1, so that 0 and 1 themselves are drawn
@@ -99,17 +100,9 @@ class RankGates(Gates):
         """The components of each layer that stay, in order: those of all layers whose gates are furthest open, as many as so
         many parameters pay for; in each layer one at least, and no more than what saves parameters."""
         values = {name: gate.log_alpha.tolist() for name, gate in zip(self.layers, self.gates)}
-        kept = {name: [max(range(len(found)), key=found.__getitem__)] for name, found in values.items()}
-        left = budget - self.fixed - sum(map(_unit, self.layers.values()))
-        # of gates as far open, the first component of every layer comes before any second: they are in the method's order
-        others = sorted((-value, index, name) for name, found in values.items() for index, value in enumerate(found)
-                        if index != kept[name][0])
-        for _, index, name in others:
-            layer = self.layers[name]
-            if _unit(layer) <= left and len(kept[name]) < saving_rank(layer.in_features, layer.out_features):
-                kept[name].append(index)
-                left -= _unit(layer)
-        return {name: sorted(found) for name, found in kept.items()}
+        cost = {name: _unit(layer) for name, layer in self.layers.items()}
+        most = {name: saving_rank(layer.in_features, layer.out_features) for name, layer in self.layers.items()}
+        return best(values, cost, budget - self.fixed, most)
 
     @torch.no_grad()
     def cut(self, model: nn.Module, kept: Mapping[str, list[int]]) -> Cuts:
