@@ -22,6 +22,7 @@ from lowfat.recovery import finetune, meta_distill, staged, straight_through
 from lowfat.recovery import finetune, lpaf, mixed_rank, staged, straight_through, theseus
 from lowfat.recovery import finetune, learned_ranks, staged, straight_through
 from lowfat.recovery import finetune, isp, learned_ranks, staged, straight_through
+from lowfat.recovery import block_movement, finetune, isp, learned_ranks, staged, straight_through
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -115,8 +116,17 @@ def run_isp(work, **changes):
     model, tok = job.open_model(work / "dense")
     return isp(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
+
+def run_block_movement(work, **changes):
+    """Five steps with masks, and three of the units that stay then."""
+    options = {"steps": 8, "final_share": 0.4, "block": 8, "batch_size": 4, "max_length": 12, "save_every": 2,
+               "seed": 3} | changes
+    model, tok = job.open_model(work / "dense")
+    return block_movement(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
+
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
-        "straight_through": run_straight_through, "learned_ranks": run_learned_ranks, "isp": run_isp}
+        "straight_through": run_straight_through, "learned_ranks": run_learned_ranks, "isp": run_isp,
+        "block_movement": run_block_movement}
 
 
 def child(call):
@@ -211,7 +221,8 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
           "lpaf": ["step 3", "step 5", "step 8", "last S6"]}
           "learned_ranks": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"]}
           "learned_ranks": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"],
-          "isp": ["step 1", "step 3", "S6", "step 4", "step 6", "step 8", "last S6", "progress removal"]}
+          "isp": ["step 1", "step 3", "S6", "step 4", "step 6", "step 8", "last S6", "progress removal"],
+          "block_movement": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"]}
 
 
 @pytest.mark.timeout(300)
@@ -339,6 +350,9 @@ CHANGES = {
                       "options.ratio": {"ratio": 0.4}, "data": {"rows": rows(9)}},
     "isp": {"options.rounds": {"rounds": 1}, "options.policy": {"policy": "per_block"},
             "options.final_share": {"final_share": 0.2}, "options.ratio": {"ratio": 0.6}, "data": {"rows": rows(9)}},
+    "block_movement": {"options.block": {"block": 16}, "options.scope": {"scope": "matrix"},
+                       "options.score_rate": {"score_rate": 2e-2}, "options.warmup": {"warmup": 0.2},
+                       "options.ratio": {"ratio": 0.6}, "data": {"rows": rows(9)}},
 }
 
 

@@ -11,14 +11,15 @@ from .ops import low_rank
 from .optimizers import PerLayer, parameter_groups
 from .plan import Choice, Plan, plan
 from .pretrain import PretrainReport, pretrain
-from .recovery import finetune, isp, learned_ranks, lpaf, meta_distill, mixed_rank, staged, straight_through, theseus
+from .recovery import (block_movement, finetune, isp, learned_ranks, lpaf, meta_distill, mixed_rank, staged,
+                       straight_through, theseus)
 from .replace import ReplaceReport, replace
 from .stats import Stats
 from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Submatrix, Sum, Wavelet
 
 __all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankSparse",
            "Monarch", "PerLayer", "Plan", "PretrainReport", "ReplaceReport", "Report", "Sparse24", "Stats", "Submatrix",
-           "Sum", "Wavelet", "adapt", "build_info", "calibrate", "compare", "evaluate", "export_dense", "factorize",
-           "finetune", "group_blocks", "isp", "kernels", "learned_ranks", "load", "load_adapter", "low_rank", "lpaf",
-           "merge_adapters", "meta_distill", "mixed_rank", "parameter_groups", "plan", "pretrain", "replace", "save",
-           "save_adapter", "staged", "straight_through", "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters"]
+           "Sum", "Wavelet", "adapt", "block_movement", "build_info", "calibrate", "compare", "evaluate", "export_dense",
+           "factorize", "finetune", "group_blocks", "isp", "kernels", "learned_ranks", "load", "load_adapter", "low_rank",
+           "lpaf", "merge_adapters", "meta_distill", "mixed_rank", "parameter_groups", "plan", "pretrain", "replace",
+           "save", "save_adapter", "staged", "straight_through", "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters"]

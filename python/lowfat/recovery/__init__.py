@@ -1,4 +1,5 @@
 """Training that wins quality back: one file per strategy."""
+from .block_movement import block_movement
 from .finetune import finetune
 from .isp import isp
 from .learned_ranks import learned_ranks

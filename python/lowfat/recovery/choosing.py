@@ -33,8 +33,11 @@ def even(values: Mapping[str, Sequence[float]], counts: Mapping[str, int]) -> di
     return kept
 
 
-def units_of(model: nn.Module, ratio: float) -> dict[str, Units]:
-    """The units of a model; ArgumentError where there are none, or where one of each block is more than the ratio."""
+def units_of(model: nn.Module, ratio: float, distill: Mapping | None) -> dict[str, Units]:
+    """The units of a model that is to lose some; ArgumentError where there are none, where one of each block is more than
+    the ratio, and where the teacher's heads would have no counterparts."""
+    if distill and "attention" in distill:
+        raise ArgumentError("distill: attention compares every head with the teacher's, and heads are taken out here")
     units = removable(model)
     if not units:
         raise ArgumentError(f"{type(model).__name__} has no block whose heads or neurons are known; BERT, RoBERTa, ELECTRA, "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import ArgumentError
 from ..evaluate import evaluate
-from ..shrink import dense_size, removable, shrink
+from ..shrink import Units, dense_size, removable, shrink
 from .choosing import best, even, units_of
 from .phases import Part, run_parts
 from .training import TrainReport, check_numbers, in_order, prepared, ready, run_into
@@ -23,23 +23,29 @@ class StructuredReport(TrainReport):
     ratio: float = 1.0  # weights of the blocks kept over those that there were
 
 
+def counted(before: Mapping[str, Units], after: Mapping[str, Units]) -> tuple[dict[str, list[int]], float]:
+    """(units, ratio) of a report."""
+    return {name: [one.count, after[name].count] for name, one in before.items()}, dense_size(after) / dense_size(before)
+
+
 def isp(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, ratio: float = 0.5, policy: str = "pooled",
         rounds: int = ROUNDS, steps: int, final_share: float = FINAL_SHARE, learning_rate: float = 1e-4,
         batch_size: int = 32, max_length: int | None = None, teacher=None, teacher_tokenizer=None, temperature: float = 2.0,
-        alpha: float = 0.5, autocast: bool | str = "auto", seed: int = 0, validation: Sequence[Mapping] | None = None,
-        out: str | Path | None = None, overwrite: bool = False, save_every: int = 100, on_progress=None) -> StructuredReport:
+        alpha: float = 0.5, autocast: bool | str = "auto", distill: Mapping | None = None, seed: int = 0,
+        validation: Sequence[Mapping] | None = None, out: str | Path | None = None, overwrite: bool = False,
+        save_every: int = 100, on_progress=None) -> StructuredReport:
     """Takes heads and neurons out of a dense model in place while it is trained; with out, writes the result there.
 
     All steps but the last `final_share` are `rounds` of training. Each adds up how much the loss would change without a
-    unit, |dL/dxi| of a factor xi = 1 on it, over the batches; at its end the units that are worth least go, so that the share
-    of weights that stays falls as a cubic to `ratio`. Matrices shrink at once, so that later rounds are faster. Then the model
-    is trained as by finetune().
+    unit, |dL/dxi| of a factor xi = 1 on it, over the batches; at its end the units that are worth least go, so that the
+    share of weights that stays falls as a cubic to `ratio`. Matrices shrink at once, and later rounds are faster. Then the
+    model is trained as by finetune().
 
     ratio: of the weights of all attention and feed-forward matrices of the blocks. policy: pooled compares units of all
-    blocks by what they are worth for each of their weights; per_block takes the same share of every block, and leaves a model
-    that opens in plain transformers where its config can say how many heads of which size there are (Llama's and Mistral's
-    can). Every block keeps one unit at least. The other arguments, out and on_progress are those of finetune(). ArgumentError
-    before any work."""
+    blocks by what they are worth for each of their weights; per_block takes the same share of every block, and leaves a
+    model that opens in plain transformers where its config can say how many heads of which size there are (Llama's and
+    Mistral's can). Every block keeps one unit at least. The other arguments, out and on_progress are those of finetune().
+    ArgumentError before any work."""
     started = time.monotonic()
     check_numbers(alpha, {"steps": steps, "rounds": rounds, "batch_size": batch_size, "save_every": save_every},
                   learning_rate=learning_rate, temperature=temperature)
@@ -50,11 +56,11 @@ def isp(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, 
     each = (steps - round(final_share * steps)) // rounds
     if not each:
         raise ArgumentError(f"steps is {steps}; {rounds} rounds, and {final_share:g} of the steps after them, need more")
-    units = units_of(model, ratio)
+    units = units_of(model, ratio, distill)
     counts, dense = {name: one.count for name, one in units.items()}, dense_size(units)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
-                               temperature=temperature, alpha=alpha, autocast=autocast)
+                               temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)
     options = {"task": objective.task, "ratio": ratio, "policy": policy, "rounds": rounds, "steps": steps,
                "final_share": final_share, "learning_rate": learning_rate, "batch_size": batch_size,
                "temperature": temperature, "alpha": alpha, "autocast": objective.autocast, "seed": seed}
@@ -97,11 +103,9 @@ def isp(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, 
         return history, resumed_from, shares
 
     history, resumed_from, shares = run_into(out, run, objective, tokenizer, data, options, overwrite)
-    left = removable(model)
     report = StructuredReport(
         objective.task, steps, resumed_from, str(model.device), objective.autocast, time.monotonic() - started,
-        [entry for entry in history if "loss" in entry], None, shares,
-        {name: [count, left[name].count] for name, count in counts.items()}, dense_size(left) / dense)
+        [entry for entry in history if "loss" in entry], None, shares, *counted(units, removable(model)))
     if validation is not None:
         report.validation = evaluate(model, validation, tokenizer, task=objective.task, max_length=max_length)
     return report

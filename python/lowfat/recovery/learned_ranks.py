@@ -36,7 +36,7 @@ def learned_ranks(model, train: Sequence[Mapping], *, tokenizer, task: str | Non
                   final_share: float = FINAL_SHARE, warmup: float = WARMUP, gate_rate: float = GATE_RATE,
                   start: float = START, learning_rate: float = 1e-4, batch_size: int = 32, max_length: int | None = None,
                   calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None, temperature: float = 2.0,
-                  alpha: float = 0.5, autocast: bool | str = "auto", seed: int = 0,
+                  alpha: float = 0.5, autocast: bool | str = "auto", distill: Mapping | None = None, seed: int = 0,
                   validation: Sequence[Mapping] | None = None, out: str | Path | None = None, overwrite: bool = False,
                   save_every: int = 100, on_progress=None) -> LearnedRanksReport:
     """Factorizes a dense model in place into low-rank layers whose ranks are learned; with out, writes the result there.
@@ -64,7 +64,7 @@ def learned_ranks(model, train: Sequence[Mapping], *, tokenizer, task: str | Non
         raise ArgumentError(f"method is {method}, whose layers have no rank components to learn; those of {able} have")
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
-                               temperature=temperature, alpha=alpha, autocast=autocast)
+                               temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)
     making.read(train, tokenizer, objective.task, rows=calibration_rows, batch_size=batch_size, max_length=max_length)
     options = making.options() | {
         "task": objective.task, "steps": steps, "final_share": final_share, "warmup": warmup, "gate_rate": gate_rate,
