@@ -212,6 +212,15 @@ def test_a_file_that_says_other_sizes_is_refused(tiny_bert, tmp_path, shrunk, me
         lowfat.load(tmp_path / "saved")
 
 
+def test_blocks_of_other_layers_are_left_out(tiny_bert):
+    """Whoever wraps a layer may hide its sizes: saving asks every model for its units."""
+    class Wrapped(torch.nn.Module):
+        pass
+
+    tiny_bert.bert.encoder.layer[0].attention.self.query = Wrapped()
+    assert len(removable(tiny_bert)) == 3 and not recorded(tiny_bert)
+
+
 def test_only_known_families_have_units():
     class Own(torch.nn.Module):
         pass

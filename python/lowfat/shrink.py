@@ -74,13 +74,18 @@ def shrink(model: nn.Module, kept: Mapping[str, Iterable[int]]) -> Cuts:
                                 "each once")
         if not indices:
             raise ShapeError(f"{name} would keep none of its {known[name].kind}; needs one at least")
-        for layer in (*known[name].rows, known[name].writer):
-            if not is_linear(module := model.get_submodule(layer)):
-                raise UnsupportedError(f"{layer} is a {type(module).__name__}; shrink the model before it is factorized")
+        check_dense(model, known[name])
         chosen[name] = torch.tensor(indices)
     cuts = _shrink(model, known, chosen)
     _settle(model)
     return cuts
+
+
+def check_dense(model: nn.Module, units: Units) -> None:
+    """UnsupportedError names a layer of the units that is made of factors."""
+    for layer in (*units.rows, units.writer):
+        if not is_linear(module := model.get_submodule(layer)):
+            raise UnsupportedError(f"{layer} is a {type(module).__name__}; shrink the model before it is factorized")
 
 
 def resize(model: nn.Module, counts: Mapping[str, int]) -> None:
@@ -156,51 +161,48 @@ def _said(config, units: Units) -> int:
 
 # --- the blocks: what makes their units, and what reads them ---
 
-def _units(model: nn.Module, kind: str, config: str, count: int, readers: Mapping[str, int], writer: str) -> Units | None:
-    """readers: {layer that makes the units: parts of its outputs, of which each has all units}."""
-    layers = [model.get_submodule(name) for name in (*readers, writer)]
-    if not all(is_linear(layer) or isinstance(layer, Structure) for layer in layers):
+def _units(model: nn.Module, kind: str, config: str, readers: Iterable[str], writer: str, *, width: int,
+           parts: int = 1) -> Units | None:
+    """readers: layers that make the units, of which the first has `width` outputs for each, and that as often as it has
+    parts."""
+    layers = {name: model.get_submodule(name) for name in (*readers, writer)}
+    if not all(is_linear(layer) or isinstance(layer, Structure) for layer in layers.values()):
         return None
-    rows, cost = {}, 0
-    for (name, parts), layer in zip(readers.items(), layers):
-        k, n = sizes(layer)
-        rows[name] = torch.arange(n).view(parts, count, -1).transpose(0, 1).flatten(1)
-        cost += k * n // count
-    k, n = sizes(layers[-1])
-    return Units(kind, rows, writer, torch.arange(k).view(count, -1), config, cost + k * n // count)
+    (k, _), reading = sizes(layers[writer]), {name: sizes(layer) for name, layer in layers.items() if name != writer}
+    count = next(iter(reading.values()))[1] // (width * parts)
+    cost = sum(k * n for k, n in map(sizes, layers.values())) // count
+    rows = {name: torch.arange(n).view(parts, count, -1).transpose(0, 1).flatten(1) for name, (_, n) in reading.items()}
+    return Units(kind, rows, writer, torch.arange(k).view(count, -1), config, cost)
 
 
 def _encoder_heads(name: str, block: nn.Module, model: nn.Module) -> Units | None:
-    count = sizes(block.query)[1] // block.attention_head_size
-    return _units(model, "heads", "num_attention_heads", count,
-                  {f"{name}.{layer}": 1 for layer in ("query", "key", "value")}, f"{name.rpartition('.')[0]}.output.dense")
+    return _units(model, "heads", "num_attention_heads", [f"{name}.{layer}" for layer in ("query", "key", "value")],
+                  f"{name.rpartition('.')[0]}.output.dense", width=block.attention_head_size)
 
 
 def _encoder_neurons(name: str, block: nn.Module, model: nn.Module) -> Units | None:
-    return _units(model, "neurons", "intermediate_size", sizes(block.dense)[1], {f"{name}.dense": 1},
-                  f"{name.rpartition('.')[0]}.output.dense")
+    return _units(model, "neurons", "intermediate_size", [f"{name}.dense"], f"{name.rpartition('.')[0]}.output.dense",
+                  width=1)
 
 
 def _decoder_heads(name: str, block: nn.Module, model: nn.Module) -> Units | None:
-    count = sizes(block.k_proj)[1] // block.head_dim
-    return _units(model, "heads", "num_key_value_heads", count, {f"{name}.{layer}_proj": 1 for layer in "qkv"},
-                  f"{name}.o_proj")
+    return _units(model, "heads", "num_key_value_heads", [f"{name}.{layer}_proj" for layer in "kvq"], f"{name}.o_proj",
+                  width=block.head_dim)
 
 
 def _decoder_neurons(name: str, block: nn.Module, model: nn.Module) -> Units | None:
-    return _units(model, "neurons", "intermediate_size", sizes(block.down_proj)[0],
-                  {f"{name}.{layer}_proj": 1 for layer in ("gate", "up")}, f"{name}.down_proj")
+    return _units(model, "neurons", "intermediate_size", [f"{name}.gate_proj", f"{name}.up_proj"], f"{name}.down_proj",
+                  width=1)
 
 
 def _gpt2_heads(name: str, block: nn.Module, model: nn.Module) -> Units | None:
     if block.is_cross_attention:
         return None
-    return _units(model, "heads", "num_attention_heads", sizes(block.c_proj)[0] // block.head_dim, {f"{name}.c_attn": 3},
-                  f"{name}.c_proj")
+    return _units(model, "heads", "num_attention_heads", [f"{name}.c_attn"], f"{name}.c_proj", width=block.head_dim, parts=3)
 
 
 def _gpt2_neurons(name: str, block: nn.Module, model: nn.Module) -> Units | None:
-    return _units(model, "neurons", "n_inner", sizes(block.c_proj)[0], {f"{name}.c_fc": 1}, f"{name}.c_proj")
+    return _units(model, "neurons", "n_inner", [f"{name}.c_fc"], f"{name}.c_proj", width=1)
 
 
 _KNOWN: dict[str, Callable[[str, nn.Module, nn.Module], Units | None]] = {

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lowfat
-from lowfat.errors import ArgumentError
+from lowfat.errors import ArgumentError, UnsupportedError
+from lowfat.job import open_model
 from lowfat.progress import tensors_digest
 from lowfat.recovery import finetune, isp
 from lowfat.recovery.choosing import best, even
@@ -172,6 +173,27 @@ def test_bad_arguments_are_named_before_any_work(change, message):
     with pytest.raises(ArgumentError, match=message):
         run(model, **change)
     assert digest(model) == before
+
+
+def test_what_comes_out_goes_on(tmp_path):
+    """A model with blocks of different sizes is opened, trained, given learned ranks, and saved again."""
+    run(classifier(), out=tmp_path / "out", ratio=0.6)
+    model, tok = open_model(tmp_path / "out")
+    sizes = recorded(model)
+    same = {"tokenizer": tok, "steps": 2, "batch_size": 4, "max_length": 12, "autocast": False}
+    finetune(model, rows(8), out=tmp_path / "again", **same)
+    again = lowfat.load(tmp_path / "again")
+    assert sizes and recorded(again) == sizes and digest(again) == digest(model)
+    lowfat.learned_ranks(model, rows(8), ratio=0.5, out=tmp_path / "ranks", **same)
+    ranks = lowfat.load(tmp_path / "ranks")
+    assert recorded(ranks) == sizes and digest(ranks) == digest(model) != digest(again)
+
+
+def test_a_factorized_model_is_refused():
+    model = classifier()
+    lowfat.factorize(model, lowfat.plan(model, method="svd", ratio=0.5))
+    with pytest.raises(UnsupportedError, match="query is a LowRank; shrink the model before"):
+        run(model)
 
 
 def test_a_model_without_known_blocks_is_refused():

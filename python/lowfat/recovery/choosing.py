@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..errors import ArgumentError
-from ..shrink import Units, dense_size, removable
+from ..shrink import Units, check_dense, dense_size, removable
 
 
 def best(values: Mapping[str, Sequence[float]], cost: Mapping[str, int], budget: int,
@@ -35,13 +35,15 @@ def even(values: Mapping[str, Sequence[float]], counts: Mapping[str, int]) -> di
 
 def units_of(model: nn.Module, ratio: float, distill: Mapping | None) -> dict[str, Units]:
     """The units of a model that is to lose some; ArgumentError where there are none, where one of each block is more than
-    the ratio, and where the teacher's heads would have no counterparts."""
+    the ratio, and where the teacher's heads would have no counterparts; UnsupportedError where a layer is not dense."""
     if distill and "attention" in distill:
         raise ArgumentError("distill: attention compares every head with the teacher's, and heads are taken out here")
     units = removable(model)
     if not units:
         raise ArgumentError(f"{type(model).__name__} has no block whose heads or neurons are known; BERT, RoBERTa, ELECTRA, "
                             "Llama, Mistral, Qwen2, Qwen3 and GPT-2 have")
+    for one in units.values():
+        check_dense(model, one)
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
         raise ArgumentError(f"ratio must be between 0 and 1, both excluded; found {ratio!r}")
     least = sum(one.cost for one in units.values()) / dense_size(units)

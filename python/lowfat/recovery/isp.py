@@ -44,8 +44,8 @@ def isp(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, 
     ratio: of the weights of all attention and feed-forward matrices of the blocks. policy: pooled compares units of all
     blocks by what they are worth for each of their weights; per_block takes the same share of every block, and leaves a
     model that opens in plain transformers where its config can say how many heads of which size there are (Llama's and
-    Mistral's can). Every block keeps one unit at least. The other arguments, out and on_progress are those of finetune().
-    ArgumentError before any work."""
+    Mistral's can). Every block keeps one unit at least. The other arguments, out and on_progress are those of finetune();
+    beside out, the training state at the end of every round stays until the run is done. ArgumentError before any work."""
     started = time.monotonic()
     check_numbers(alpha, {"steps": steps, "rounds": rounds, "batch_size": batch_size, "save_every": save_every},
                   learning_rate=learning_rate, temperature=temperature)
