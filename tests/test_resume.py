@@ -18,11 +18,8 @@ import torch
 
 from lowfat import job, storage
 from lowfat.errors import ArgumentError, IntegrityError
-from lowfat.recovery import finetune, meta_distill, staged, straight_through
-from lowfat.recovery import finetune, lpaf, mixed_rank, staged, straight_through, theseus
-from lowfat.recovery import finetune, learned_ranks, staged, straight_through
-from lowfat.recovery import finetune, isp, learned_ranks, staged, straight_through
-from lowfat.recovery import block_movement, finetune, isp, learned_ranks, staged, straight_through
+from lowfat.recovery import (block_movement, finetune, isp, learned_ranks, lpaf, meta_distill, mixed_rank, staged,
+                             straight_through, theseus)
 from lowfat.strict_json import read_json
 from lowfat.tensor_file import read_tensors
 from tiny_text import classifier, rows, tokenizer
@@ -76,8 +73,6 @@ def run_meta_distill(work, **changes):
     return meta_distill(model, options.pop("rows", rows(10)), tokenizer=tok, teacher=teacher, out=work / "out", **options)
 
 
-JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
-        "straight_through": run_straight_through, "meta_distill": run_meta_distill}
 def run_mixed_rank(work, **changes):
     """Dense branches that learn for five of eight steps."""
     options = {"steps": 8, "p_init": 0.7, "train_dense": True, "batch_size": 4, "max_length": 12, "save_every": 2,
@@ -99,8 +94,7 @@ def run_lpaf(work, **changes):
     model, tok = job.open_model(work / "dense")
     return lpaf(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
-JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
-        "straight_through": run_straight_through, "mixed_rank": run_mixed_rank, "theseus": run_theseus, "lpaf": run_lpaf}
+
 def run_learned_ranks(work, **changes):
     """Five steps with gates, and three of the components that were chosen then."""
     options = {"steps": 8, "final_share": 0.4, "batch_size": 4, "max_length": 12, "save_every": 2, "method": "whitened",
@@ -124,9 +118,10 @@ def run_block_movement(work, **changes):
     model, tok = job.open_model(work / "dense")
     return block_movement(model, options.pop("rows", rows(10)), tokenizer=tok, out=work / "out", **options)
 
+
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
-        "straight_through": run_straight_through, "learned_ranks": run_learned_ranks, "isp": run_isp,
-        "block_movement": run_block_movement}
+        "straight_through": run_straight_through, "meta_distill": run_meta_distill, "mixed_rank": run_mixed_rank, "theseus": run_theseus,
+        "lpaf": run_lpaf, "learned_ranks": run_learned_ranks, "isp": run_isp, "block_movement": run_block_movement}
 
 
 def child(call):
@@ -216,10 +211,9 @@ POINTS = {"factorize": ["window 1", "planned", "layer 1", "layer 7", "S2", "S5",
           # the first stage has the steps 1 and 2, and 3 to 6 when it was undone; the second 7 and 8, and 9 to 12
           "staged": ["ordered", "S6", "step 3", "stage 1", "step 10", "renamed", "last S6", "progress removal"],
           "straight_through": ["step 1", "step 3", "S6", "step 4", "step 7", "last S6", "progress removal"],
-          "meta_distill": ["step 1", "step 3", "S6", "step 5", "last S6", "progress removal"]}
+          "meta_distill": ["step 1", "step 3", "S6", "step 5", "last S6", "progress removal"],
           "mixed_rank": ["step 3", "step 7", "last S6"], "theseus": ["step 5"],
-          "lpaf": ["step 3", "step 5", "step 8", "last S6"]}
-          "learned_ranks": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"]}
+          "lpaf": ["step 3", "step 5", "step 8", "last S6"],
           "learned_ranks": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"],
           "isp": ["step 1", "step 3", "S6", "step 4", "step 6", "step 8", "last S6", "progress removal"],
           "block_movement": ["step 1", "step 3", "S6", "step 5", "step 7", "last S6", "progress removal"]}
@@ -303,8 +297,6 @@ def test_overwrite_survives_a_kill_between_the_renames(tmp_path, name):
     dense_model(tmp_path / "dense")
     run = partial(JOBS[name], tmp_path, overwrite=True)
     assert forked(run) == 0
-    expected, other = result(tmp_path), {"factorize": {"ratio": 0.4}, "finetune": {"seed": 4}, "staged": {"seed": 4},
-                                             "straight_through": {"seed": 4}, "meta_distill": {"seed": 4}}[name]
     expected, other = result(tmp_path), {"ratio": 0.4} if name == "factorize" else {"seed": 4}
     assert forked(partial(run, **other)) == 0
     old = result(tmp_path)
