@@ -453,9 +453,9 @@ def test_groups_that_cannot_be_are_refused(tiny_bert, case):
         plan(tiny_bert, method="svd", ratio=0.5, share=share)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in SHARING])
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].shared_size is None])
 def test_methods_without_a_factor_to_share_refuse_by_name(tiny_bert, method):
-    message = f"share: layers cannot share a factor by {method}; they can by svd, whitened, rocket, compot, cospadi"
+    message = f"share: layers cannot share a factor by {method}; they can by svd, whitened, kfac, rocket, compot, cospadi"
     stats = calibrate(tiny_bert, [{"input_ids": tokens(), "labels": torch.tensor([0, 1])}])
     with pytest.raises(ArgumentError, match=message):
         plan(tiny_bert, method=method, ratio=0.5, share=2, stats=stats)

@@ -22,7 +22,7 @@ from .storage import stage
 
 log = logging.getLogger("lowfat")
 _MANY_TOKENS = 1_000_000  # beyond, fp32 sums lose digits, so they are kept in fp64 while they grow
-_FISHER = ("sums", "elements")
+_FISHER = ("sums", "elements", "kronecker")
 
 
 @dataclass
@@ -51,8 +51,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
     """Statistics of each layer's inputs over all batches, each a dict for model(**batch); padding is left out.
 
     layers: name patterns. fisher: "sums" (the default where batches carry labels), "elements" for fwsvd with exact=True,
-    False for none. out: a folder for the statistics. When they need more than `memory` bytes (by default half of what is
-    free) they are gathered window by window, each written and dropped, and the batches are read once for each window. The
+    "kronecker" for kfac, False for none. out: a folder for the statistics. When they need more than `memory` bytes (by
+    default half of what is free) they are gathered window by window, each written and dropped, and the batches are read once for each window. The
     same call goes on where an interrupted one stopped. on_progress(batches done, in all, what is done) hears of the need for
     memory first. The model is left exactly as it was. Raises ArgumentError, NumericsError, UnsupportedError."""
     modules = factorizable(model, layers)
@@ -173,7 +173,8 @@ def _discover(model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping
 def _bytes_of(group: _Group, modules: Mapping[str, nn.Module], fisher: str | None, dtype: torch.dtype) -> int:
     shapes = [sizes(modules[name]) for name in group.names]
     of_fisher = sum(4 * (k + n + (k * n if fisher == "elements" else 0)) for k, n in shapes) if fisher else 0
-    return group.k ** 2 * dtype.itemsize + of_fisher
+    of_gradients = sum(n * n for _, n in shapes) if fisher == "kronecker" else 0
+    return (group.k ** 2 + of_gradients) * dtype.itemsize + of_fisher
 
 
 def _windows(todo: list[int], needs: list[int], memory: int, folder: Path | None) -> list[list[int]]:
@@ -204,7 +205,8 @@ def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[_Grou
     grams = {group.names[0]: torch.zeros(group.k, group.k, dtype=dtype, device=modules[group.names[0]].weight.device)
              for group in groups}
     rows = dict.fromkeys(grams, 0)
-    sums = {name: FisherSums.of(module, elements=fisher == "elements") for name, module in listened.items() if fisher}
+    sums = {name: FisherSums.of(module, elements=fisher == "elements", gram_out=dtype if fisher == "kronecker" else None)
+            for name, module in listened.items() if fisher}
     samples = 0
     reading: dict[str, tuple[weakref.ref, int]] = {}
     # only where every layer is called exactly once is it certain that nothing comes after the last

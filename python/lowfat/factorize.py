@@ -179,10 +179,17 @@ def _check_choices(names: Sequence[str], plan: Mapping, stats: Mapping | None) -
 
 
 def _check_fisher(plan: Mapping, stats: Mapping | None) -> None:
-    """On one layer, because reading stored statistics takes time and all of a calibration are alike."""
-    name = next((name for name, choice in plan.items() if choice.method and "fisher" in _needs(choice)), None)
-    if name is not None and stats[name].fisher_in is None:
-        raise ArgumentError(f"stats: {name} has no Fisher information; {plan[name].method} needs batches with labels")
+    """On one layer for each form of a method, because reading stored statistics takes time and all of a calibration are
+    alike."""
+    asked = set()
+    for name, choice in plan.items():
+        arguments = {key: value for key, value in choice.arguments.items() if key != "rank"}
+        if choice.method is None or "fisher" not in _needs(choice) or (form := f"{choice.method} {arguments}") in asked:
+            continue
+        asked.add(form)
+        if (its := stats[name]).tensors().keys() == {"gram"}:
+            raise ArgumentError(f"stats: {name} has no Fisher information; {choice.method} needs batches with labels")
+        METHODS[choice.method].require(its, **arguments)
 
 
 def _needs(choice) -> frozenset[str]:

@@ -53,6 +53,6 @@ def texts_for(needs: frozenset[str], model, tokenizer, rows: Sequence[Mapping], 
 def stats_for(needs: frozenset[str], arguments: Mapping, model, tokenizer, data: list[dict], task: str,
               **options) -> Calibration:
     """calibrate() on what texts_for() returned, for what the method needs and no more."""
-    elements = "elements" if arguments.get("exact") else "sums"
+    kind = "kronecker" if "gram_out" in needs else "elements" if arguments.get("exact") else "sums"
     with padding(tokenizer, task, model):
-        return calibrate(model, data, fisher=elements if "fisher" in needs else False, **options)
+        return calibrate(model, data, fisher=kind if "fisher" in needs else False, **options)

@@ -17,7 +17,7 @@ from .tensor_file import read_header
 INDEX = "calibration.json"
 FORMAT = 1
 _MAX_INDEX = 64 << 20  # bytes
-_FIELDS = ("gram", "fisher_in", "fisher_out", "fisher")
+_FIELDS = ("gram", "fisher_in", "fisher_out", "fisher", "gram_out")
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Stats:
     fisher_out: Tensor | None = None  # [n] fp32, the same summed over the inputs
     fisher: Tensor | None = None  # [n, k] fp32, the same element by element
     samples: int = 0  # that the Fisher information is the mean of
+    gram_out: Tensor | None = None  # [n, n] fp32, sum over tokens of g g^T, g the gradient of y (see fisher.py)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that are there, by field name."""
@@ -36,8 +37,9 @@ class Stats:
 
 
 def merged(layers: Sequence[Stats]) -> Stats:
-    """What these layers saw together, for factors that they share: the sums of their Gram matrices and rows, no Fisher
-    information. Of one layer its own. ArgumentError for Gram matrices of different sizes."""
+    """What these layers saw together, for factors that they share: the sums of their Gram matrices and rows, those of their
+    gradients one after the other on the diagonal, no other Fisher information. Of one layer its own. ArgumentError for Gram
+    matrices of different sizes."""
     first, *others = layers
     if not others:
         return first
@@ -46,7 +48,9 @@ def merged(layers: Sequence[Stats]) -> Stats:
         if other.gram.shape != gram.shape:
             raise ArgumentError(f"stats: Gram matrices of {list(gram.shape)} and {list(other.gram.shape)} do not add up")
         gram += other.gram.to(gram.device)
-    return Stats(gram, sum(stats.rows for stats in layers))
+    known = all(stats.gram_out is not None for stats in layers)
+    gram_out = torch.block_diag(*(stats.gram_out.to(gram.device) for stats in layers)) if known else None
+    return Stats(gram, sum(stats.rows for stats in layers), gram_out=gram_out)
 
 
 class Calibration(Mapping[str, Stats]):

@@ -1,4 +1,4 @@
-"""What every method must do: the identities, optimality and edge cases of svd, fwsvd and whitened."""
+"""What every method must do: the identities, optimality and edge cases of svd, fwsvd, whitened and kfac."""
 import pytest
 import torch
 
@@ -11,7 +11,7 @@ EPS = torch.finfo(torch.float64).eps
 VARIANTS = [("svd", {}), ("fwsvd", {}), ("fwsvd", {"side": "out"}), ("fwsvd", {"side": "both"}), ("fwsvd", {"exact": True}),
             ("sparsity_aware", {"drop": False}), ("sparsity_aware", {"drop": False, "exact": True}),
             ("whitened", {}), ("whitened", {"solver": "cholesky"}), ("whitened", {"solver": "eigen"}),
-            ("whitened", {"solver": "output"})]
+            ("whitened", {"solver": "output"}), ("kfac", {}), ("kfac", {"shrink_in": 0.0, "shrink_out": 0.5})]
 IDS = ["-".join([name, *map(str, arguments.values())]) for name, arguments in VARIANTS]
 every_method = pytest.mark.parametrize("name, arguments", VARIANTS, ids=IDS)
 closed_forms = pytest.mark.parametrize("name, arguments", [v for v in VARIANTS if "exact" not in v[1]])
@@ -19,12 +19,13 @@ SHAPES = [(14, 9), (9, 14), (11, 11)]
 
 
 def stats_for(weight, x=None):
-    """Anisotropic inputs and an uneven Fisher matrix for a weight [n, k], in its dtype or fp32."""
+    """Anisotropic inputs and gradients and an uneven Fisher matrix for a weight [n, k], in its dtype or fp32."""
     n, k = weight.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
     x = torch.randn(4 * k, k, dtype=dtype) @ torch.diag(torch.logspace(0, -1, k, dtype=dtype)) if x is None else x
     fisher = torch.rand(n, k, dtype=dtype) ** 4
-    return Stats(x.mT @ x, len(x), fisher.sum(0), fisher.sum(1), fisher, samples=7)
+    g = torch.randn(4 * n, n, dtype=dtype) @ torch.diag(torch.logspace(-3, -2, n, dtype=dtype))
+    return Stats(x.mT @ x, len(x), fisher.sum(0), fisher.sum(1), fisher, samples=7, gram_out=g.mT @ g)
 
 
 def made(name, weight, stats, rank, **arguments):
@@ -72,13 +73,20 @@ def test_the_loss_curve_is_what_is_measured(name, arguments, shape):
     assert abs(metric(name, weight, stats, **arguments) - curve[0]) <= sum(shape) ** 2 * EPS * 1e3 * curve[0]
 
 
-def metric(name, residual, stats, side="in", exact=False, drop=False, solver=None):
+def mixed(gram, share):
+    """kfac's C + (share of the mean diagonal), in its scale: over 1 - share; without a share whitening's damping."""
+    return gram + max(share / (1 - share), 1e-6) * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+
+
+def metric(name, residual, stats, side="in", exact=False, drop=False, solver=None, shrink_in=0.1, shrink_out=0.3):
     """The squared loss of each method written as its definition, damping and guard as documented."""
     if name == "svd":
         return residual.square().sum()
     if name == "whitened":
         damping = 1e-6 * stats.gram.diagonal().mean()
         return ((residual @ stats.gram) * residual).sum() + damping * residual.square().sum()
+    if name == "kfac":
+        return ((residual @ mixed(stats.gram, shrink_in)) * (mixed(stats.gram_out, shrink_out) @ residual)).sum()
     n, k = residual.shape
     o, c = stats.fisher_out / stats.fisher_out.mean() + 1e-5, stats.fisher_in / stats.fisher_in.mean() + 1e-5
     o, c = torch.ones(n) if side == "in" else o, torch.ones(k) if side == "out" else c
@@ -114,19 +122,22 @@ def test_no_other_matrix_of_the_rank_is_better(name, arguments):
 
 
 def polished(name, weight, stats, rank, arguments):
-    """Alternating least squares in the method's metric tr(D_o E C E^T): both half steps are closed forms."""
+    """Alternating least squares in the method's metric tr(O E C E^T): both half steps are closed forms."""
     n, k = weight.shape
-    gram, o = torch.eye(k, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+    gram, o = torch.eye(k, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
     if name == "whitened":
         gram = stats.gram + 1e-6 * stats.gram.diagonal().mean() * gram
     if name in ("fwsvd", "sparsity_aware") and arguments.get("side") != "out":
         gram = torch.diag(stats.fisher_in / stats.fisher_in.mean() + 1e-5)
     if name == "fwsvd" and arguments.get("side", "in") != "in":
-        o = stats.fisher_out / stats.fisher_out.mean() + 1e-5
+        o = torch.diag(stats.fisher_out / stats.fisher_out.mean() + 1e-5)
+    if name == "kfac":
+        gram = mixed(stats.gram, arguments.get("shrink_in", 0.1))
+        o = mixed(stats.gram_out, arguments.get("shrink_out", 0.3))
     v = torch.randn(rank, k, dtype=torch.float64)
     for _ in range(30):
         u = torch.linalg.solve(v @ gram @ v.mT, v @ gram @ weight.mT).mT
-        v = torch.linalg.solve(u.mT @ (o[:, None] * u), u.mT @ (o[:, None] * weight))
+        v = torch.linalg.solve(u.mT @ o @ u, u.mT @ o @ weight)
     return u @ v
 
 
@@ -151,7 +162,8 @@ def test_scaling_by_a_power_of_two_scales_the_result_exactly(name, arguments):
 def test_permuting_outputs_permutes_the_result(name, arguments):
     weight, order = torch.randn(14, 9, dtype=torch.float64), torch.randperm(14)
     stats = stats_for(weight)
-    moved = Stats(stats.gram, stats.rows, stats.fisher_in, stats.fisher_out[order], stats.fisher[order], 7)
+    moved = Stats(stats.gram, stats.rows, stats.fisher_in, stats.fisher_out[order], stats.fisher[order], 7,
+                  stats.gram_out[order][:, order])
     a, b = made(name, weight, stats, 4, **arguments), made(name, weight[order], moved, 4, **arguments)
     assert (a.dense()[order] - b.dense()).norm() <= (14 + 9) ** 2 * EPS * 1e6 * weight.norm()
 
@@ -228,7 +240,7 @@ def test_impossible_ranks_are_refused(name, arguments, rank):
 
 
 @pytest.mark.parametrize("method, arguments, says", [
-    ("magic", {}, "method must be one of svd, fwsvd, whitened, monarch, block_low_rank, .*; found 'magic'"),
+    ("magic", {}, "method must be one of svd, fwsvd, whitened, kfac, monarch, .*; found 'magic'"),
     (None, {}, "found None"),
     ("svd", {"side": "in"}, "svd has no argument 'side'; it has none"),
     ("fwsvd", {"side": "up"}, "side must be one of 'in', 'out', 'both'; found 'up'"),

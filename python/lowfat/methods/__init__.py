@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, LowfatError
 from ..structures import Structure
-from . import compot, cospadi, dictionary, dsformer, fwsvd, monarch, oats, prune, rocket, sparsity_aware, svd, whitened
+from . import (compot, cospadi, dictionary, dsformer, fwsvd, kfac, monarch, oats, prune, rocket, sparsity_aware, svd,
+               whitened)
 
 
 def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
@@ -34,7 +35,7 @@ def as_one(size: Callable) -> Callable:
 class Method(NamedTuple):
     factorize: Callable
     losses: Callable
-    needs: frozenset[str] | Callable[..., frozenset[str]]  # what of Stats it reads: "gram", "fisher"; or that by arguments
+    needs: frozenset[str] | Callable[..., frozenset[str]]  # of Stats: "gram", "fisher", "gram_out"; or by arguments
     arguments: dict[str, tuple | Callable]  # the values that each may have, its default first; or what raises for others
     require: Callable = lambda stats, **arguments: None  # ArgumentError for statistics that lack what it reads
     size: Callable[..., tuple[float, int]] = low_rank_size
@@ -63,6 +64,8 @@ METHODS = {
     "whitened": Method(whitened.factorize, whitened.losses, frozenset({"gram"}),
                        {"solver": ("auto", "cholesky", "eigen", "output")}, whitened.require,
                        shared_size=low_rank_shared_size),
+    "kfac": Method(kfac.factorize, kfac.losses, frozenset({"gram", "fisher", "gram_out"}), kfac.ARGUMENTS, kfac.require,
+                   shared_size=low_rank_shared_size),
     "monarch": Method(monarch.factorize, monarch.losses, monarch.needs, monarch.ARGUMENTS, monarch.require, monarch.size,
                       monarch.count),
     "block_low_rank": Method(monarch.factorize_blockwise, monarch.losses_blockwise, monarch.needs, monarch.ARGUMENTS,
