@@ -9,6 +9,7 @@ from .evaluate import evaluate
 from .factorize import Report, factorize
 from .ops import low_rank
 from .optimizers import PerLayer, parameter_groups
+from .pivot import PivotReport, pivot
 from .plan import Choice, Plan, plan
 from .pretrain import PretrainReport, pretrain
 from .recovery import (block_movement, finetune, isp, learned_ranks, lpaf, meta_distill, mixed_rank, staged,
@@ -17,9 +18,10 @@ from .replace import ReplaceReport, replace
 from .stats import Stats
 from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Submatrix, Sum, Wavelet
 
-__all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankSparse",
-           "Monarch", "PerLayer", "Plan", "PretrainReport", "ReplaceReport", "Report", "Sparse24", "Stats", "Submatrix",
-           "Sum", "Wavelet", "adapt", "block_movement", "build_info", "calibrate", "compare", "evaluate", "export_dense",
-           "factorize", "finetune", "group_blocks", "isp", "kernels", "learned_ranks", "load", "load_adapter", "low_rank",
-           "lpaf", "merge_adapters", "meta_distill", "mixed_rank", "parameter_groups", "plan", "pretrain", "replace",
-           "save", "save_adapter", "staged", "straight_through", "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters"]
+__all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankPivoted",
+           "LowRankSparse", "Monarch", "PerLayer", "PivotReport", "Plan", "PretrainReport", "ReplaceReport", "Report",
+           "Sparse24", "Stats", "Submatrix", "Sum", "Wavelet", "adapt", "block_movement", "build_info", "calibrate",
+           "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "isp", "kernels",
+           "learned_ranks", "load", "load_adapter", "low_rank", "lpaf", "merge_adapters", "meta_distill", "mixed_rank",
+           "parameter_groups", "pivot", "plan", "pretrain", "replace", "save", "save_adapter", "staged", "straight_through",
+           "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters"]

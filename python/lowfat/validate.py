@@ -20,7 +20,7 @@ MAX_INDEX = 64 << 20  # bytes
 KEYS = {"quant_method", "format", "weights", "modules", "ties"}
 SHRUNK = "shrunk"  # the one key that may be missing: {block: units it has}, where config.json says another number
 CODE_KEYS = {"auto_map", "custom_pipelines"}  # they name Python files to run
-INDEX_DTYPES = {torch.int32: "I32", torch.int16: "I16"}  # what safetensors calls those of the structures' buffers
+INDEX_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16"}  # safetensors' names of the structures' buffers
 HERE = "config.json: quantization_config"
 
 

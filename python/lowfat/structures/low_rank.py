@@ -22,7 +22,7 @@ class LowRank(Structure):
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        _check_sizes(in_features, out_features, rank)
+        check_sizes(in_features, out_features, rank)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.v = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.u = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
@@ -52,7 +52,7 @@ class LowRank(Structure):
         factors, in the weight's dtype. Raises NumericsError for NaN or infinity, UnsupportedError for
         a sharded weight."""
         check_dense(weight)
-        _check_sizes(weight.shape[1], weight.shape[0], rank)
+        check_sizes(weight.shape[1], weight.shape[0], rank)
         u, s, vt, _ = truncated_svd(weight, rank)
         root = s.sqrt()
         return cls.of((root[:, None] * vt).to(weight.dtype), (u * root).to(weight.dtype), bias)
@@ -112,7 +112,7 @@ class LowRankGroup(nn.Module):
         return [(getattr(self, f"u{i}"), getattr(self, f"bias{i}")) for i in range(len(self.ranks))]
 
 
-def _check_sizes(in_features: int, out_features: int, rank: int) -> None:
+def check_sizes(in_features: int, out_features: int, rank: int) -> None:
     for name, size in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
         if not isinstance(size, int) or isinstance(size, bool):
             raise ArgumentError(f"{name} must be a whole number, found {size!r}")
