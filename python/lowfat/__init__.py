@@ -20,8 +20,8 @@ from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarc
 
 __all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankPivoted",
            "LowRankSparse", "Monarch", "PerLayer", "PivotReport", "Plan", "PretrainReport", "ReplaceReport", "Report",
-           "Sparse24", "Stats", "Submatrix", "Sum", "Wavelet", "adapt", "block_movement", "build_info", "calibrate",
-           "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "isp", "kernels",
+           "Sparse24", "Stats", "Submatrix", "Sum", "UpdateReport", "Wavelet", "adapt", "block_movement", "build_info",
+           "calibrate", "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "isp", "kernels",
            "learned_ranks", "load", "load_adapter", "low_rank", "lpaf", "merge_adapters", "meta_distill", "mixed_rank",
            "parameter_groups", "pivot", "plan", "pretrain", "replace", "save", "save_adapter", "staged", "straight_through",
-           "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters"]
+           "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters", "update"]

@@ -26,14 +26,14 @@ _FISHER = ("sums", "elements", "kronecker")
 
 
 @dataclass
-class _Group:
+class Group:
     """Layers that read the same tensor, in the order of their calls; the first computes the Gram matrix for all."""
     names: list[str]
     k: int
 
 
 @dataclass
-class _Look:
+class Look:
     """What reading all batches once, before any work, has shown."""
     batches: int
     tokens: int
@@ -41,7 +41,7 @@ class _Look:
     digest: str  # of all tensors in them
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a forward pass after the last layer that is listened to."""
 
 
@@ -59,11 +59,11 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UnsupportedError("calibrate: encoder-decoder models; which mask belongs to which layer is not known")
     batches = list(batches) if iter(batches) is batches else batches  # an iterator can be read only once
-    look = _look(batches)
+    look = look_at(batches)
     fisher = _fisher_mode(model, fisher, look)
     folder = None if out is None else _folder(out)
     with untouched(model):
-        groups, calls = _discover(model, modules, next(iter(batches)))
+        groups, calls = discover(model, modules, next(iter(batches)))
         dtype = torch.float64 if look.tokens > _MANY_TOKENS else torch.float32
         needs = [_bytes_of(group, modules, fisher, dtype) for group in groups]
         settings = "" if folder is None else _settings(model, groups, fisher, look)
@@ -87,13 +87,13 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, laye
     return Calibration.load(folder)
 
 
-def _settings(model: nn.Module, groups: Sequence[_Group], fisher: str | None, look: _Look) -> str:
+def _settings(model: nn.Module, groups: Sequence[Group], fisher: str | None, look: Look) -> str:
     """What statistics on disk must agree in to be taken for these: layers, options, every weight, every batch."""
     facts = [[group.names for group in groups], fisher, look.digest, tensors_digest(model.state_dict().items())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _look(batches: Iterable) -> _Look:
+def look_at(batches: Iterable) -> Look:
     count = tokens = labelled = 0
     digest = hashlib.sha256()
     for batch in batches:
@@ -109,10 +109,10 @@ def _look(batches: Iterable) -> _Look:
         raise ArgumentError("batches: empty; calibration needs at least one batch")
     if 0 < labelled < count:
         raise ArgumentError(f"batches: {labelled} of {count} carry labels; give labels to all or to none")
-    return _Look(count, tokens, labelled > 0, digest.hexdigest())
+    return Look(count, tokens, labelled > 0, digest.hexdigest())
 
 
-def _fisher_mode(model: nn.Module, fisher: str | bool | None, look: _Look) -> str | None:
+def _fisher_mode(model: nn.Module, fisher: str | bool | None, look: Look) -> str | None:
     if fisher not in (None, False, *_FISHER):
         raise ArgumentError(f"fisher must be one of {', '.join(_FISHER)}, False or None; found {fisher!r}")
     has_loss = "labels" in signature(model.forward).parameters
@@ -145,10 +145,10 @@ def _written(folder: Path, groups: int, settings: str) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def _discover(model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping) -> tuple[list[_Group], list[str]]:
+def discover(model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping) -> tuple[list[Group], list[str]]:
     """Which layers read the same tensor, in the order of their first calls; and the order of all calls."""
     calls: list[str] = []
-    groups: dict[str, _Group] = {}
+    groups: dict[str, Group] = {}
     readers: list[tuple[weakref.ref, int, str]] = []  # (input, its version, who read it first)
 
     def before(name: str, x: Tensor) -> None:
@@ -157,7 +157,7 @@ def _discover(model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping
             return
         first = next((leader for ref, version, leader in readers if ref() is x and x._version == version), None)
         if first is None:
-            groups[name] = _Group([name], x.shape[-1])
+            groups[name] = Group([name], x.shape[-1])
             readers.append((weakref.ref(x), x._version, name))
         else:
             groups[first].names.append(name)
@@ -166,11 +166,11 @@ def _discover(model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping
         forward(model, batch, labels=False)
     if not calls:
         raise ArgumentError("calibrate: the first batch reached none of the layers")
-    groups |= {name: _Group([name], sizes(module)[0]) for name, module in modules.items() if name not in calls}
+    groups |= {name: Group([name], sizes(module)[0]) for name, module in modules.items() if name not in calls}
     return list(groups.values()), calls
 
 
-def _bytes_of(group: _Group, modules: Mapping[str, nn.Module], fisher: str | None, dtype: torch.dtype) -> int:
+def _bytes_of(group: Group, modules: Mapping[str, nn.Module], fisher: str | None, dtype: torch.dtype) -> int:
     shapes = [sizes(modules[name]) for name in group.names]
     of_fisher = sum(4 * (k + n + (k * n if fisher == "elements" else 0)) for k, n in shapes) if fisher else 0
     of_gradients = sum(n * n for _, n in shapes) if fisher == "kronecker" else 0
@@ -197,7 +197,7 @@ def _windows(todo: list[int], needs: list[int], memory: int, folder: Path | None
     return windows
 
 
-def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[_Group], modules: Mapping[str, nn.Module],
+def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[Group], modules: Mapping[str, nn.Module],
             fisher: str | None, dtype: torch.dtype, calls: list[str], done: Callable[[int], None]) -> dict[str, Stats]:
     """Statistics of the layers in these groups, from one pass over the batches."""
     leaders = {name: group.names[0] for group in groups for name in group.names}
@@ -215,7 +215,7 @@ def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[_Grou
     def before(name: str, x: Tensor) -> None:
         if name == (leader := leaders[name]):
             with torch.no_grad():
-                flat = _rows(name, x.detach(), mask).to(dtype)
+                flat = token_rows(name, x.detach(), mask).to(dtype)
                 grams[name].addmm_(flat.mT, flat)
             rows[name] += len(flat)
             reading[name] = weakref.ref(x), x._version
@@ -223,7 +223,7 @@ def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[_Grou
             raise UnsupportedError(f"{name} read the input of {leader} in the first batch and another one later; "
                                    "calibrate the two apart, with layers=[...]")
         if name == last:
-            raise _Enough
+            raise Enough
 
     for index, batch in enumerate(batches):
         for part in parts(model, batch) if fisher else [batch]:
@@ -240,7 +240,7 @@ def _gather(model: nn.Module, batches: Iterable[Mapping], groups: Sequence[_Grou
             _collected(group, grams.pop(group.names[0]), rows[group.names[0]], sums, samples).items()}
 
 
-def _collected(group: _Group, gram: Tensor, rows: int, sums: dict[str, FisherSums], samples: int) -> dict[str, Stats]:
+def _collected(group: Group, gram: Tensor, rows: int, sums: dict[str, FisherSums], samples: int) -> dict[str, Stats]:
     if not all(block.isfinite().all() for block in gram.split(256)):  # at once it would take twice the matrix's memory
         raise NumericsError(f"{group.names[0]}: its inputs hold NaN or infinity, or overflow when squared")
     if not rows:
@@ -253,11 +253,11 @@ def _collected(group: _Group, gram: Tensor, rows: int, sums: dict[str, FisherSum
 def _hear(model: nn.Module, batch: Mapping) -> None:
     try:
         forward(model, batch, labels=False)
-    except _Enough:
+    except Enough:
         pass
 
 
-def _rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+def token_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
     """The inputs of all tokens that are not padding.   [rows, k]"""
     rows = x.reshape(-1, x.shape[-1])
     if mask is None or bool(mask.all()):
