@@ -5,6 +5,7 @@ from .blocks import Blocks, group_blocks, ungroup_blocks
 from .calibrate import Calibration, calibrate
 from .checkpoint import export_dense, load, save
 from .comparison import compare
+from .correct import CorrectionReport, correct, quantize
 from .evaluate import evaluate
 from .factorize import Report, factorize
 from .ops import low_rank
@@ -18,10 +19,11 @@ from .replace import ReplaceReport, replace
 from .stats import Stats
 from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Submatrix, Sum, Wavelet
 
-__all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "Dictionary", "LowRank", "LowRankGroup", "LowRankPivoted",
-           "LowRankSparse", "Monarch", "PerLayer", "PivotReport", "Plan", "PretrainReport", "ReplaceReport", "Report",
-           "Sparse24", "Stats", "Submatrix", "Sum", "UpdateReport", "Wavelet", "adapt", "block_movement", "build_info",
-           "calibrate", "compare", "evaluate", "export_dense", "factorize", "finetune", "group_blocks", "isp", "kernels",
-           "learned_ranks", "load", "load_adapter", "low_rank", "lpaf", "merge_adapters", "meta_distill", "mixed_rank",
-           "parameter_groups", "pivot", "plan", "pretrain", "replace", "save", "save_adapter", "staged", "straight_through",
-           "theseus", "unadapt", "ungroup_blocks", "unmerge_adapters", "update"]
+__all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "CorrectionReport", "Dictionary", "LowRank", "LowRankGroup",
+           "LowRankPivoted", "LowRankSparse", "Monarch", "PerLayer", "PivotReport", "Plan", "PretrainReport", "Quantized",
+           "ReplaceReport", "Report", "Sparse24", "Stats", "Submatrix", "Sum", "UpdateReport", "Wavelet", "adapt",
+           "block_movement", "build_info", "calibrate", "compare", "correct", "evaluate", "export_dense", "factorize",
+           "finetune", "group_blocks", "isp", "kernels", "learned_ranks", "load", "load_adapter", "low_rank", "lpaf",
+           "merge_adapters", "meta_distill", "mixed_rank", "parameter_groups", "pivot", "plan", "pretrain", "quantize",
+           "replace", "save", "save_adapter", "staged", "straight_through", "theseus", "unadapt", "ungroup_blocks",
+           "unmerge_adapters", "update"]

@@ -8,12 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, UnsupportedError
+from .errors import ArgumentError, NumericsError, ShapeError, UnsupportedError
 from .structures import Structure, structures
 from .structures.structure import dense_weight, is_conv1d, sizes  # noqa: F401  (of layers, for whoever works on them)
 
 _READ_FROM_OUTSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these use `.weight` of their parts, not the parts
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_ROWS = 1024  # of a weight that are looked at together
 
 
 def factorizable(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:
@@ -67,6 +68,28 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     for other in [other for other, found in modules.items() if found is old]:
         parent, _, leaf = other.rpartition(".")
         setattr(modules[parent], leaf, module)
+
+
+def origin_of(dense: nn.Module, name: str, layer: Structure) -> nn.Module:
+    """The linear layer of this name in the model that a factorized one was made of.
+
+    ArgumentError for a model that has none or another kind there, ShapeError for other sizes, NumericsError for NaN or
+    infinity in its weight."""
+    try:
+        origin = dense.get_submodule(name)
+    except AttributeError as error:
+        raise ArgumentError(f"dense: has no {name}; it must be the model that this one was made of") from error
+    if not is_linear(origin):
+        raise ArgumentError(f"dense: {name} is a {type(origin).__name__}, must be a linear layer")
+    if sizes(origin) != sizes(layer):
+        raise ShapeError(f"dense: {name} has {sizes(origin)[0]} inputs and {sizes(origin)[1]} outputs, in the model they "
+                         f"are {layer.in_features} and {layer.out_features}")
+    if (origin.bias is None) != (layer.bias is None):
+        raise ArgumentError(f"dense: {name} has {'no bias' if origin.bias is None else 'a bias'}, in the model it is the "
+                            "other way round")
+    if not all(block.isfinite().all() for block in dense_weight(origin).split(_ROWS)):
+        raise NumericsError(f"dense: {name}: the weight holds NaN or infinity")
+    return origin
 
 
 def _sort(model: nn.Module, patterns: Sequence[str] | None) -> tuple[dict[str, nn.Module], dict[str, str]]:

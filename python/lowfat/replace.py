@@ -11,9 +11,9 @@ from . import layers as selection
 from .blocks import Blocks, group_blocks
 from .errors import ArgumentError, LowfatError
 from .factorize import is_hugging_face
-from .structures import STRUCTURES, Structure, Wavelet, keep_indices_local
+from .structures import STRUCTURES, Quantized, Structure, Wavelet, keep_indices_local
 
-NEW = [name for name, kind in STRUCTURES.items() if kind is not Wavelet]  # that stand alone, and on no other layer
+NEW = [name for name, kind in STRUCTURES.items() if kind not in (Wavelet, Quantized)]  # that learn, and stand alone
 
 
 @dataclass

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import Enough, discover, look_at, token_rows
-from .errors import ArgumentError, NumericsError, ShapeError, UnsupportedError
-from .layers import dense_weight, is_linear, sizes
+from .errors import ArgumentError, NumericsError, UnsupportedError
+from .layers import dense_weight, origin_of
 from .linalg import Root, balance, gram_root
 from .listen import forward, listening, untouched
 from .methods import whitened
@@ -26,7 +26,6 @@ from .stats import Stats
 from .structures import LowRank, LowRankPivoted, structures
 
 SOLVES = ("u", "uv", "svd")
-_BLOCK = 1 << 22  # elements of a weight that are looked at together
 
 
 @dataclass
@@ -67,8 +66,8 @@ def update(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Te
     """Fits the low-rank layers of a factorized model to its own inputs over all batches, first to last, in place.
 
     dense: the model that it was made of. batches: each a dict for model(**batch); padding is left out. layers: name
-    patterns. solve: "u" alone, "uv" for one step of each (MPIFA), "svd" for the best pair at once. dense_share: l, how much of the
-    dense model's own outputs the target has. ridge: e, in parts of the mean diagonal of C, towards the dense weight.
+    patterns. solve: "u" alone, "uv" for one step of each (MPIFA), "svd" for the best pair at once. dense_share: l, how much
+    of the dense model's own outputs the target has. ridge: e, in parts of the mean diagonal of C, towards the dense weight.
     A layer whose v is another's too gets a new u alone. New factors stay only where they are better in the layer's dtype.
 
     Layers are taken one input after the other, with one pass of both models over the batches up to there for each: the later
@@ -77,7 +76,7 @@ def update(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Te
     two models read different tokens, NumericsError for inputs that are not finite."""
     _check_options(model, dense, solve, dense_share, ridge)
     found = low_rank_layers(model, (LowRank, LowRankPivoted), layers)
-    origins = {name: _origin(dense, name, layer) for name, layer in found.items()}
+    origins = {name: origin_of(dense, name, layer) for name, layer in found.items()}
     batches = list(batches) if iter(batches) is batches else batches
     look_at(batches)
     users = Counter(id(layer.v) for _, layer in structures(model) if isinstance(layer, LowRank))
@@ -111,25 +110,6 @@ def _check_options(model: nn.Module, dense: nn.Module, solve: str, dense_share: 
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _origin(dense: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """The dense model's layer of this name."""
-    try:
-        origin = dense.get_submodule(name)
-    except AttributeError as error:
-        raise ArgumentError(f"dense: has no {name}; it must be the model that this one was made of") from error
-    if not is_linear(origin):
-        raise ArgumentError(f"dense: {name} is a {type(origin).__name__}, must be a linear layer")
-    if sizes(origin) != sizes(layer):
-        raise ShapeError(f"dense: {name} has {sizes(origin)[0]} inputs and {sizes(origin)[1]} outputs, in the model they "
-                         f"are {layer.in_features} and {layer.out_features}")
-    if (origin.bias is None) != (layer.bias is None):
-        raise ArgumentError(f"dense: {name} has {'no bias' if origin.bias is None else 'a bias'}, in the model it is the "
-                            "other way round")
-    if not all(block.isfinite().all() for block in dense_weight(origin).split(max(1, _BLOCK // layer.in_features))):
-        raise NumericsError(f"dense: {name}: the weight holds NaN or infinity")
-    return origin
 
 
 def _gathered(model: nn.Module, dense: nn.Module | None, name: str, batches: Iterable[Mapping], once: bool) -> _Seen:

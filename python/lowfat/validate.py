@@ -20,7 +20,8 @@ MAX_INDEX = 64 << 20  # bytes
 KEYS = {"quant_method", "format", "weights", "modules", "ties"}
 SHRUNK = "shrunk"  # the one key that may be missing: {block: units it has}, where config.json says another number
 CODE_KEYS = {"auto_map", "custom_pipelines"}  # they name Python files to run
-INDEX_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16"}  # safetensors' names of the structures' buffers
+# safetensors' names of the structures' buffers
+INDEX_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 HERE = "config.json: quantization_config"
 
 

@@ -12,10 +12,11 @@ from .dictionary import Dictionary
 from .low_rank import LowRank
 from .low_rank_sparse import LowRankSparse
 from .monarch import Monarch
+from .quantized import Quantized
 from .sparse24 import Sparse24
 from .structure import Structure, check_counts, check_dense
 
-PARTS = {c.__name__: c for c in (LowRank, Monarch, Sparse24, Dictionary, LowRankSparse)}
+PARTS = {c.__name__: c for c in (LowRank, Monarch, Sparse24, Dictionary, LowRankSparse, Quantized)}
 OURS = ("in_features", "out_features", "bias")  # what all parts have in common
 
 
