@@ -102,7 +102,8 @@ def test_quantizing_stores_less_and_says_how_much_is_lost(tiny_bert, bits, group
     assert set(layers) == set(weights) and {type(layer) for layer in layers.values()} == {Quantized}
     for name, layer in layers.items():
         one, (n, k) = report.layers[name], weights[name].shape
-        assert one.bytes_before == 4 * n * k and one.bytes == n * k * bits // 8 + 4 * n * (1 if group is None else k // group)
+        groups = 1 if group is None else k // group
+        assert one.bytes_before == 4 * n * k and one.bytes == n * k * bits // 8 + 4 * n * groups
         assert one.error == pytest.approx(layer_error(weights[name], layer, stats[name].gram), rel=1e-4)
         assert one.error < (0.01 if bits == 8 else 0.15) and torch.equal(layer.bias, biases[name])
     assert report.bytes <= report.bytes_before / (3 if bits == 8 else 4)

@@ -242,7 +242,8 @@ def test_impossible_ranks_are_refused(name, arguments, rank):
 @pytest.mark.parametrize("method, arguments, says", [
     ("magic", {}, "method must be one of svd, fwsvd, whitened, kfac, monarch, .*; found 'magic'"),
     (None, {}, "found None"),
-    ("svd", {"side": "in"}, "svd has no argument 'side'; it has none"),
+    ("svd", {"side": "in"}, "svd has no argument 'side'; it has form"),
+    ("svd", {"form": "dense"}, "svd: form must be one of 'factors', 'pivoted'; found 'dense'"),
     ("fwsvd", {"side": "up"}, "side must be one of 'in', 'out', 'both'; found 'up'"),
     ("fwsvd", {"exact": 1}, "exact must be one of False, True; found 1"),
     ("whitened", {"rank": 3}, "no argument 'rank'")])

@@ -181,7 +181,7 @@ def test_a_pivoted_model_trains():
     first = next(layer for _, layer in structures(model))
     before = first.v.detach().clone(), first.c.detach().clone(), first.pivots.clone()
     lowfat.finetune(model, rows(8), tokenizer=tokenizer(), steps=2, batch_size=4, max_length=12, autocast=False)
-    assert not torch.equal(first.v, before[0]) and not torch.equal(first.c, before[1]) and torch.equal(first.pivots, before[2])
+    assert [torch.equal(*pair) for pair in zip((first.v, first.c, first.pivots), before)] == [False, False, True]
 
 
 def test_what_cannot_be_pivoted_keeps_its_factors(tiny_bert):
@@ -202,7 +202,7 @@ def test_what_cannot_be_pivoted_keeps_its_factors(tiny_bert):
 
 
 def test_in_bf16_a_wide_layer_keeps_its_factors_unless_asked():
-    """Each row that is no pivot adds up r rounded numbers: at rank 96 of 256 the error is 2 to 8 times that of the factors."""
+    """Each row that is no pivot adds up r rounded numbers: at rank 96 of 256 the error is 2 to 8 times that of factors."""
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Sequential(LowRank.from_dense(torch.randn(256, 256), rank=96).bfloat16())])
     was = copy.deepcopy(model)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..errors import ArgumentError, LowfatError
 from ..structures import Structure
-from . import (compot, cospadi, dictionary, dsformer, fwsvd, kfac, monarch, oats, prune, rocket, sparsity_aware, svd,
-               whitened)
+from . import (compot, cospadi, dictionary, dsformer, fwsvd, kfac, monarch, oats, pivoted, prune, rocket, sparsity_aware,
+               svd, whitened)
 
 
 def low_rank_size(k: int, n: int, **arguments) -> tuple[int, int]:
@@ -57,15 +57,22 @@ class Method(NamedTuple):
         return self.count(k, n, rank=rank, **arguments) if self.count else (rank * self.size(k, n, **arguments)[0], 0)
 
 
+def low_rank(factorize: Callable, losses: Callable, needs: frozenset[str], arguments: dict, require: Callable | None = None,
+             shared_size: Callable | None = None) -> Method:
+    """A method that makes a LowRank, which may be stored as rows of the weight instead: form="pivoted"."""
+    return Method(pivoted.in_form(factorize), pivoted.without_form(losses), needs, arguments | {"form": pivoted.FORMS},
+                  pivoted.without_form(require) if require else Method._field_defaults["require"], count=pivoted.count,
+                  shared_size=shared_size and pivoted.of_factors(shared_size))
+
+
 METHODS = {
-    "svd": Method(svd.factorize, svd.losses, frozenset(), {}, shared_size=low_rank_shared_size),
-    "fwsvd": Method(fwsvd.factorize, fwsvd.losses, frozenset({"fisher"}),
-                    {"side": ("in", "out", "both"), "exact": (False, True)}, fwsvd.require),
-    "whitened": Method(whitened.factorize, whitened.losses, frozenset({"gram"}),
-                       {"solver": ("auto", "cholesky", "eigen", "output")}, whitened.require,
-                       shared_size=low_rank_shared_size),
-    "kfac": Method(kfac.factorize, kfac.losses, frozenset({"gram", "fisher", "gram_out"}), kfac.ARGUMENTS, kfac.require,
-                   shared_size=low_rank_shared_size),
+    "svd": low_rank(svd.factorize, svd.losses, frozenset(), {}, shared_size=low_rank_shared_size),
+    "fwsvd": low_rank(fwsvd.factorize, fwsvd.losses, frozenset({"fisher"}),
+                      {"side": ("in", "out", "both"), "exact": (False, True)}, fwsvd.require),
+    "whitened": low_rank(whitened.factorize, whitened.losses, frozenset({"gram"}),
+                         {"solver": ("auto", "cholesky", "eigen", "output")}, whitened.require, low_rank_shared_size),
+    "kfac": low_rank(kfac.factorize, kfac.losses, frozenset({"gram", "fisher", "gram_out"}), kfac.ARGUMENTS, kfac.require,
+                     low_rank_shared_size),
     "monarch": Method(monarch.factorize, monarch.losses, monarch.needs, monarch.ARGUMENTS, monarch.require, monarch.size,
                       monarch.count),
     "block_low_rank": Method(monarch.factorize_blockwise, monarch.losses_blockwise, monarch.needs, monarch.ARGUMENTS,
