@@ -159,7 +159,8 @@ def test_flags_and_biases_in_two_places_stay():
 @pytest.mark.parametrize("changes, error, says", [
     ({"method": "fwsvd"}, ArgumentError, "method must be one of whitened, svd, kfac; found 'fwsvd'"),
     ({"rank": 0}, ArgumentError, "rank must be a whole number, or a share below 1; found 0"),
-    ({"rank": 2.5}, ArgumentError, "rank must be"), ({"rank": True}, ArgumentError, "rank must be"),
+    ({"rank": 2.5}, ArgumentError, "rank must be"), ({"rank": float("inf")}, ArgumentError, "rank must be"),
+    ({"rank": True}, ArgumentError, "rank must be"),
     ({"rank": 40}, ShapeError, r"query: rank must be at most 32, found 40"),
     ({"layers": ["*.nothing"]}, ArgumentError, r"layers: '\*.nothing' matches no layer to correct; there are bert"),
     ({"layers": "all"}, ArgumentError, "layers must be a list of name patterns"),

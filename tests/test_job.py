@@ -10,7 +10,7 @@ from lowfat.errors import ArgumentError, NumericsError
 from lowfat.evaluate import embed, evaluate
 from lowfat.job import factorize_folder, open_model
 from lowfat.recovery import finetune
-from lowfat.structures import LowRank
+from lowfat.structures import LowRank, LowRankPivoted
 from tiny_text import bare_tokenizer, classifier, last_token_classifier, rows, tokenizer
 
 
@@ -30,7 +30,8 @@ def run(folder, **changes):
 
 
 @pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
-@pytest.mark.parametrize("method, policy", [("svd", "uniform_rank"), ("fwsvd", "per_matrix"), ("whitened", "allocated")])
+@pytest.mark.parametrize("method, policy", [("svd", "uniform_rank"), ("fwsvd", "per_matrix"), ("whitened", "allocated"),
+                                            ("kfac", "per_matrix")])
 def test_every_model_and_method(request, saved, fixture, method, policy):
     folder = saved(request.getfixturevalue(fixture))
     phases = []
@@ -43,6 +44,15 @@ def test_every_model_and_method(request, saved, fixture, method, policy):
     assert list(dict.fromkeys(phases)) == ["calibrate", "factorize"]
     manifest = json.loads((folder.parent / "out" / "manifest.json").read_text())
     assert manifest["facts"]["job"]["options"]["method"] == method  # what made it is written in it
+
+
+def test_pivoted_layers_are_written_and_opened(saved):
+    folder = saved(classifier())
+    report = run(folder, arguments={"form": "pivoted"})
+    model, _ = open_model(folder.parent / "out")
+    made = [layer for layer in report.layers if layer.kept]
+    assert report.ratio <= 0.5 and made and all(layer.index_bytes == 8 * layer.rank for layer in made)
+    assert all(isinstance(model.get_submodule(layer.name), LowRankPivoted) for layer in made)
 
 
 @pytest.mark.parametrize("method", ["whitened", "fwsvd"])

@@ -75,7 +75,7 @@ def test_u_is_the_least_squares_fit_on_the_inputs_of_the_updated_model(share):
 
 
 def test_one_step_of_each_is_the_papers():
-    """U = Y X^T V^T (V X X^T V^T)^-1, then V = U^+ (Y X^T + e W) (X X^T + e I)^-1; only the first with e too."""
+    """U = Y X^T V^T (V X X^T V^T)^-1, then V = U^+ (Y X^T + e W) (X X^T + e I)^-1, here with e in both: one objective."""
     model, dense, batches, x = chain()
     v = model.get_submodule(FIRST).v.detach().clone()
     w = dense.blocks[0][0].weight.detach()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def correct(model: nn.Module, dense: nn.Module, stats: Mapping | None = None, *,
     statistics or a dense model that do not fit, ShapeError for sizes and ranks that do not."""
     if method not in ("whitened", "svd", "kfac"):
         raise ArgumentError(f"method must be one of whitened, svd, kfac; found {method!r}")
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not rank > 0 or (rank > 1 and rank != int(rank)):
+    is_number = isinstance(rank, (int, float)) and not isinstance(rank, bool) and 0 < rank < inf
+    if not is_number or (rank > 1 and rank != int(rank)):
         raise ArgumentError(f"rank must be a whole number, or a share below 1; found {rank!r}")
     found = _bases(model, layers)
     _check_model(model)

@@ -16,6 +16,7 @@ from .low_rank import check_sizes
 from .structure import Structure, check_counts, check_dense
 
 _LARGEST = 1.25  # entry of c that is left alone: below, exchanging two rows gains little, and takes time
+_EXCHANGES = 8  # for each row, at most: far more than are ever needed, but for rounding
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -139,8 +140,8 @@ def _pivoted(u: Tensor) -> tuple[Tensor, Tensor]:
         raise NumericsError(f"the factors are of a lower rank than their {r} directions; pivots do not exist")
     order = torch.tensor(order, device=u.device)
     c = torch.linalg.solve_triangular(lu[:r], lu[r:], upper=False, left=False, unitriangular=True)
-    while c.numel() and (largest := int(c.abs().argmax())) >= 0:
-        i, j = divmod(largest, r)
+    for _ in range(_EXCHANGES * n if c.numel() else 0):
+        i, j = divmod(int(c.abs().argmax()), r)
         if not abs(entry := float(c[i, j])) > _LARGEST:
             break
         row = c[i].clone()
