@@ -296,6 +296,20 @@ def test_bad_arguments_are_named_before_any_work(strategy, change, message):
     assert digest(model) == before
 
 
+@pytest.mark.parametrize("strategy", [mixed_rank, lowfat.lpaf])
+def test_a_pass_that_cannot_be_repeated_is_refused(strategy):
+    """Checkpointing computes a pass again in its backward, when the branches are those of the second pass."""
+    model = classifier()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ArgumentError, match="gradient checkpointing cannot repeat a pass with its branches"):
+        run(strategy, model)
+    other = classifier()
+    other.load_state_dict(model.state_dict())
+    for one in (model, other):  # one pass at a time has the branches that it had
+        run(strategy, one, consistency=0.0, steps=6, learning_rate=1e-3)
+    assert digest(model) == digest(other)
+
+
 def test_a_teacher_that_does_not_fit_is_named():
     model, other = classifier(), tokenizer()
     other.add_tokens(["elephant"])

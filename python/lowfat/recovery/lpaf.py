@@ -90,6 +90,7 @@ def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None,
     check_numbers(alpha, {"steps": steps, "batch_size": batch_size, "save_every": save_every,
                           "calibration_rows": calibration_rows}, learning_rate=learning_rate, temperature=temperature)
     mixing = Mixing(p_init, until, consistency, train_dense)
+    mixing.check(model)
     making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
     pruned = Pruned(ratio if keep is None else keep, pruning_steps(steps, prune_share, keep), weighting, first_order, scope,
                     score_rate, warm_up, cool_down)

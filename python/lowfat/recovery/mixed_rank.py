@@ -55,6 +55,13 @@ class Mixing:
         if self.schedule not in SCHEDULES:
             raise ArgumentError(f"schedule is {self.schedule!r}; needs one of {', '.join(SCHEDULES)}")
 
+    def check(self, model: nn.Module) -> None:
+        """ArgumentError where the backward pass would compute the first of two passes again, by then with other branches."""
+        repeats = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if self.consistency and self.p_init and self.until and repeats:
+            raise ArgumentError("model: gradient checkpointing cannot repeat a pass with its branches; switch it off, or set "
+                                "consistency to 0, which makes one pass a step")
+
     def options(self) -> dict:
         return asdict(self)
 
@@ -155,6 +162,7 @@ def _strategy(model, train, mixing: Mixing, *, tokenizer, task, method, ratio, p
     started = time.monotonic()
     check_numbers(alpha, {"steps": steps, "batch_size": batch_size, "save_every": save_every,
                           "calibration_rows": calibration_rows}, learning_rate=learning_rate, temperature=temperature)
+    mixing.check(model)
     making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
