@@ -125,8 +125,25 @@ def staging() -> str:
                                f"{100 * about['chance']:.1f}; {about['steps']} steps in all, three seeds.")
 
 
+def learned() -> str:
+    found = {method: json.loads((RESULTS / f"learned_{method}" / "compare.json").read_text())
+             for method in ("svd", "whitened", "dsformer", "rocket")}
+    about, dense = found["svd"]["about"], found["svd"]["summary"][0]["mean"]
+    lines = ["| method, training | 50% of the bits | 28% |", "|---|---|---|"]
+    for method, one in found.items():
+        rows = {(row["recovery"], row["ratio"]): row for row in one["summary"][1:]}
+        ratios = sorted({ratio for _, ratio in rows}, reverse=True)
+        for recovery in dict.fromkeys(recovery for recovery, _ in rows):
+            cells = (f"{100 * row['mean']:.1f}" + (f" ± {100 * row['spread']:.1f}" if row["learning_rate"] else "")
+                     for row in (rows[recovery, ratio] for ratio in ratios))
+            lines.append(f"| {method}, {recovery} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (f"\n\nAccuracy in % on {about['test_rows']:,} texts of `sections`, dense {100 * dense:.1f}; "
+                               f"{about['steps']} steps, mean ± standard deviation over three seeds of the training.")
+
+
 OTHERS = ("monarch", "sparse24", "dictionary")
-TABLES = {"demo": demo, "quality": quality, "structures": structures, "staging": staging, "sparse": sparse, "low_rank": low_rank, "other_ops": other_ops}
+TABLES = {"demo": demo, "quality": quality, "structures": structures, "staging": staging, "sparse": sparse,
+          "learned": learned, "low_rank": low_rank, "other_ops": other_ops}
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def page() -> str:
             for recovery in recoveries:
                 row = rows[method, recovery, bits]
                 lines.append(f"| {bits:.0%} | {method} | {recovery} | {row['kept']:.1%} | {in_words(row)} | "
-                             f"{row['seconds']} |")
+                             f"{row['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
 
 
