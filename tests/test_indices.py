@@ -121,6 +121,17 @@ def test_bad_indices_are_refused_at_load(format, change, error, tiny_bert, tmp_p
             load(tmp_path / "bad")
 
 
+@pytest.mark.parametrize("format, change", [pytest.param(f, c, id=f"{f}-{n}") for f, n, c, e in CASES
+                                            if e is IndexRangeError])
+def test_bad_indices_are_refused_by_load_state_dict(format, change):
+    weight, bias = torch.randn(32, 32), torch.randn(32)
+    good, bad = (LAYERS[format](weight, bias) for _ in range(2))
+    setattr(bad, BUFFERS[format], change(getattr(bad, BUFFERS[format])).contiguous())
+    model = torch.nn.Sequential(good)
+    with pytest.raises(RuntimeError, match="0: "):
+        model.load_state_dict(torch.nn.Sequential(bad).state_dict())
+
+
 @pytest.mark.parametrize("format", LAYERS)
 def test_twenty_of_each(format):
     assert sum(case[0] == format for case in CASES) >= 20

@@ -68,7 +68,7 @@ def demo(folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Fold
          overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
          device: Device = "auto") -> None:
     """Makes a real sentence encoder smaller, on text that every installation has: what is gained, what is lost. Two minutes
-    on two cores. DIR gets the model, a picture, the numbers, and the texts for the examples of the other commands.
+    on two idle cores. DIR gets the model, a picture, the numbers, and the texts for the examples of the other commands.
 
     Example:  lowfat demo
     """

@@ -177,7 +177,7 @@ def dictionary(x: Tensor, d: Tensor, values: Tensor, support: Tensor, bias: Tens
     """Multiply by S D, a sparse matrix of coefficients and a dense dictionary, in P x Q blocks, never forming the product.
 
     x [..., k]   d [P, Q, a, ceil(k / Q)]   values [n, Q s]   support [n, Q ceil(a / 32)] int32, a bitmap, or [n, Q s] int16,
-    positions (see check_support)   bias [n]   returns [..., n]
+    positions (see check_dictionary_support)   bias [n]   returns [..., n]
 
     Raises ShapeError, DtypeError or DeviceError, naming the argument. Second derivatives raise UnsupportedError, and so do
     tensors that torch cannot route to the op (sparse, sharded)."""

@@ -198,7 +198,7 @@ def low_rank_sparse(x: Tensor, v: Tensor, u: Tensor, values: Tensor, starts: Ten
     """Multiply by scale u v + S, low rank plus sparse (SLTrain, 2406.02214).
 
     x [..., k]   v [r, k]   u [n, r]   values [nnz]   starts [n + 1] int32 and columns [nnz] int16, or int32 above 32768
-    features: where the values are, row by row (see check_support)   bias [n]   returns [..., n]
+    features: where the values are, row by row (see check_sparse_support)   bias [n]   returns [..., n]
 
     Raises ShapeError, DtypeError, DeviceError or ArgumentError, naming the argument. Second derivatives raise
     UnsupportedError, and so do tensors that torch cannot route to the op (sparse, sharded)."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ShapeError, UnsupportedError
+from ..errors import ArgumentError, IndexRangeError, ShapeError, UnsupportedError
 
 
 class Structure(nn.Module):
@@ -36,7 +36,14 @@ class Structure(nn.Module):
 
     def check_indices(self) -> None:
         """IndexRangeError where a buffer holds indices that the layer cannot use: asked of every layer that comes from a
-        file."""
+        file, and after load_state_dict(), which raises torch's RuntimeError with the same words."""
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        try:
+            self.check_indices()
+        except IndexRangeError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}" if prefix else str(error))
 
     def macs(self) -> int:
         """Multiply-adds for one token."""
