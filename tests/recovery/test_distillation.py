@@ -14,7 +14,8 @@ from lowfat.data import batches
 from lowfat.errors import ArgumentError
 from lowfat.job import open_model
 from lowfat.progress import tensors_digest
-from lowfat.recovery import finetune, staged, straight_through
+from lowfat.recovery import (block_movement, finetune, isp, learned_ranks, lpaf, mixed_rank, staged, straight_through,
+                             theseus)
 from lowfat.recovery.distillation import TERMS, Distillation, paired, read_terms, spelled
 from lowfat.recovery.internals import Internals, overheard
 from lowfat.recovery.objective import Objective
@@ -445,17 +446,19 @@ def test_embeddings_and_language_models(tiny_llama):
     assert digest(tiny_llama) != before
 
 
-def test_staged_and_straight_through_follow_too():
-    data, found = rows(10), {}
+@pytest.mark.parametrize(("strategy", "options"), [
+    (staged, {}), (straight_through, {"every": 2}), (mixed_rank, {}), (theseus, {}), (lpaf, {}), (learned_ranks, {}),
+    (isp, {"rounds": 2}), (block_movement, {})])
+def test_every_strategy_follows_too(strategy, options):
+    found = []
     for distill in (None, {"hidden": 1.0, "attention": 1.0}):
-        for strategy, options in ((staged, {"steps": 8}), (straight_through, {"steps": 5, "every": 2})):
-            torch.manual_seed(3)
-            teacher, model = classifier(), classifier()
-            strategy(model, data, tokenizer=tokenizer(), teacher=teacher, distill=distill, batch_size=4, max_length=12,
-                     autocast=False, **options)
-            found.setdefault(strategy, []).append(digest(model))
-            assert all("projection" not in name for name in model.state_dict())
-    assert all(one != other for one, other in found.values())
+        torch.manual_seed(3)
+        teacher, model = classifier(), classifier()
+        strategy(model, rows(10), tokenizer=tokenizer(), teacher=teacher, distill=distill, batch_size=4, max_length=12,
+                 autocast=False, steps=8, **options)
+        found.append(digest(model))
+        assert all("projection" not in name for name in model.state_dict())
+    assert found[0] != found[1]
 
 
 def test_half_precision_models():

@@ -71,9 +71,9 @@ def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None,
          cool_down: float = COOL_DOWN, weighting: str = "scores", p_init: float = P_INIT, until: float = UNTIL,
          consistency: float = CONSISTENCY, train_dense: bool = False, learning_rate: float = 1e-4, batch_size: int = 32,
          max_length: int | None = None, calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None,
-         temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto", seed: int = 0,
-         validation: Sequence[Mapping] | None = None, out: str | Path | None = None, overwrite: bool = False,
-         save_every: int = 100, on_progress=None) -> LpafReport:
+         temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
+         distill: Mapping | None = None, seed: int = 0, validation: Sequence[Mapping] | None = None,
+         out: str | Path | None = None, overwrite: bool = False, save_every: int = 100, on_progress=None) -> LpafReport:
     """Prunes a dense model while it trains, factorizes what is left in place and trains that; with out, writes the result
     there. steps is all of it, to be compared with as many of finetune().
 
@@ -96,7 +96,7 @@ def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None,
                     score_rate, warm_up, cool_down)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
-                               temperature=temperature, alpha=alpha, autocast=autocast,
+                               temperature=temperature, alpha=alpha, autocast=autocast, distill=distill,
                                kind=partial(MixedObjective, consistency=consistency))
     if method != "sparsity_aware":
         making.read(train, tokenizer, objective.task, rows=calibration_rows, batch_size=batch_size, max_length=max_length)

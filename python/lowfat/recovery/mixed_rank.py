@@ -111,7 +111,7 @@ def mixed_rank(model, train: Sequence[Mapping], *, tokenizer, task: str | None =
                consistency: float = CONSISTENCY, train_dense: bool = False, schedule: str = "linear",
                learning_rate: float = 1e-4, batch_size: int = 32, max_length: int | None = None,
                calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None, temperature: float = 2.0,
-               alpha: float = 0.5, autocast: bool | str = "auto", seed: int = 0,
+               alpha: float = 0.5, autocast: bool | str = "auto", distill: Mapping | None = None, seed: int = 0,
                validation: Sequence[Mapping] | None = None, out: str | Path | None = None, overwrite: bool = False,
                save_every: int = 100, on_progress=None) -> MixedReport:
     """Factorizes a dense model in place and trains it with mixed ranks; with out, writes the result there.
@@ -128,8 +128,9 @@ def mixed_rank(model, train: Sequence[Mapping], *, tokenizer, task: str | None =
     return _strategy(model, train, mixing, tokenizer=tokenizer, task=task, method=method, ratio=ratio, policy=policy,
                      arguments=arguments, layers=layers, steps=steps, learning_rate=learning_rate, batch_size=batch_size,
                      max_length=max_length, calibration_rows=calibration_rows, teacher=teacher,
-                     teacher_tokenizer=teacher_tokenizer, temperature=temperature, alpha=alpha, autocast=autocast, seed=seed,
-                     validation=validation, out=out, overwrite=overwrite, save_every=save_every, on_progress=on_progress)
+                     teacher_tokenizer=teacher_tokenizer, temperature=temperature, alpha=alpha, autocast=autocast,
+                     distill=distill, seed=seed, validation=validation, out=out, overwrite=overwrite, save_every=save_every,
+                     on_progress=on_progress)
 
 
 def theseus(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, method: str = "svd", ratio: float = 0.5,
@@ -137,8 +138,8 @@ def theseus(model, train: Sequence[Mapping], *, tokenizer, task: str | None = No
             replaced: float = REPLACED, until: float = UNTIL, schedule: str = "linear", learning_rate: float = 1e-4,
             batch_size: int = 32, max_length: int | None = None, calibration_rows: int = 1024, teacher=None,
             teacher_tokenizer=None, temperature: float = 2.0, alpha: float = 0.5, autocast: bool | str = "auto",
-            seed: int = 0, validation: Sequence[Mapping] | None = None, out: str | Path | None = None,
-            overwrite: bool = False, save_every: int = 100, on_progress=None) -> MixedReport:
+            distill: Mapping | None = None, seed: int = 0, validation: Sequence[Mapping] | None = None,
+            out: str | Path | None = None, overwrite: bool = False, save_every: int = 100, on_progress=None) -> MixedReport:
     """Factorizes a dense model in place and lets the factors of each block replace its dense weights at random.
 
     A block computes with its factors with probability `replaced` at the first step, which rises in a line to 1 after the
@@ -152,13 +153,13 @@ def theseus(model, train: Sequence[Mapping], *, tokenizer, task: str | None = No
                      task=task, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers, steps=steps,
                      learning_rate=learning_rate, batch_size=batch_size, max_length=max_length,
                      calibration_rows=calibration_rows, teacher=teacher, teacher_tokenizer=teacher_tokenizer,
-                     temperature=temperature, alpha=alpha, autocast=autocast, seed=seed, validation=validation, out=out,
-                     overwrite=overwrite, save_every=save_every, on_progress=on_progress)
+                     temperature=temperature, alpha=alpha, autocast=autocast, distill=distill, seed=seed,
+                     validation=validation, out=out, overwrite=overwrite, save_every=save_every, on_progress=on_progress)
 
 
 def _strategy(model, train, mixing: Mixing, *, tokenizer, task, method, ratio, policy, arguments, layers, steps,
               learning_rate, batch_size, max_length, calibration_rows, teacher, teacher_tokenizer, temperature, alpha,
-              autocast, seed, validation, out, overwrite, save_every, on_progress) -> MixedReport:
+              autocast, distill, seed, validation, out, overwrite, save_every, on_progress) -> MixedReport:
     started = time.monotonic()
     check_numbers(alpha, {"steps": steps, "batch_size": batch_size, "save_every": save_every,
                           "calibration_rows": calibration_rows}, learning_rate=learning_rate, temperature=temperature)
@@ -166,7 +167,7 @@ def _strategy(model, train, mixing: Mixing, *, tokenizer, task, method, ratio, p
     making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
-                               temperature=temperature, alpha=alpha, autocast=autocast,
+                               temperature=temperature, alpha=alpha, autocast=autocast, distill=distill,
                                kind=partial(MixedObjective, consistency=mixing.consistency))
     making.read(train, tokenizer, objective.task, rows=calibration_rows, batch_size=batch_size, max_length=max_length)
     options = making.options() | mixing.options() | {
