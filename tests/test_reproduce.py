@@ -52,7 +52,7 @@ def found(work):
 # ------------------------------------------------------------------------------------------------ an experiment
 def test_every_recipe_is_run_and_judged(work, found):
     cells = {cell["recipe"]: cell for cell in found["cells"]}
-    assert list(cells) == ["teacher", "fwsvd_only", "svd_only", "fwsvd", "svd", "whitened_only", "whitened"]
+    assert list(cells) == ["teacher", "fwsvd_only", "svd_only", "fwsvd", "svd"]  # of its claims
     assert all(0 <= cell["score"] <= 1 for cell in cells.values())
     assert all(cell["kept"] <= (1 if name == "teacher" else 0.25) for name, cell in cells.items())
     assert [claim["verdict"] in ("held", "a tie", "the opposite") for claim in found["claims"]] == [True, True]
@@ -99,7 +99,7 @@ def test_a_killed_run_goes_on(work, found, monkeypatch):
     for name, recipe in original.items():
         monkeypatch.setitem(RECIPES, name, recipe._replace(make=lambda s, n=name, r=recipe: (done.append(n), r.make(s))[1]))
     again = run(work, out=work / "killed")
-    assert done == ["svd", "whitened_only", "whitened"]
+    assert done == ["svd"]
     assert [cell["score"] for cell in again["cells"]] == [cell["score"] for cell in found["cells"]]
 
 
@@ -220,6 +220,13 @@ def test_without_datasets_the_hub_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ArgumentError, match="needs the package datasets"):
         open_task("glue/sst2", tmp_path)
+
+
+def test_the_best_recipe_is_set_against_the_teacher():
+    teacher = cell("teacher", 0, 0.8, steps=0) | {"ratio": 1.0}
+    found = {"about": {"quick": False}, "claims": [], "cells": [
+        teacher, cell("svd", 0, 0.6), cell("svd", 1, 0.7), cell("fwsvd", 0, 0.64), cell("lpaf", 0, None)]}
+    assert sentences(found) == ["the best recipe on sections is svd, -15.0 of the teacher."]
 
 
 def test_a_perplexity_is_shown_as_one():

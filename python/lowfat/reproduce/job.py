@@ -60,9 +60,10 @@ def reproduce(paper: str, *, out: str | Path, data: str | Path, encoder: str | P
     steps for both of its sides, one seed, before it is called so.
 
     data: a folder with the tasks that bench/tasks.py derives, and where teachers are kept. encoder: the model that teachers
-    are made of. tasks: {name: ratio} in the place of the paper's. quick: few texts, steps and one seed; says so everywhere.
+    are made of. tasks: {name: ratio} in the place of the paper's. quick: the first task and the claims' recipes, few
+    texts and steps, one seed; says so everywhere.
     What is finished is kept beside `out` until all is. Returns what reproduce.json holds. ArgumentError before any work."""
-    chosen = _paper(paper)
+    chosen = _paper(paper).quick() if quick else _paper(paper)
     tasks = dict(chosen.tasks if tasks is None else tasks)
     steps = chosen.steps if steps is None else steps
     if quick:
@@ -154,7 +155,8 @@ def cells_of(paper: Paper, tasks: Mapping[str, float], steps: int, seeds: int, t
     for task, ratio in tasks.items():
         for recipe in paper.recipes():
             trains = RECIPES[recipe].trains
-            cells += [Cell(task, ratio, recipe, steps if trains else 0, seed) for seed in range(seeds if trains else 1)]
+            count = seeds if trains and task not in paper.one_seed else 1
+            cells += [Cell(task, ratio, recipe, steps if trains else 0, seed) for seed in range(count)]
     return cells
 
 

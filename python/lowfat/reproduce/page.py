@@ -53,6 +53,18 @@ def sentences(found: Mapping) -> list[str]:
                      + _measured(claim, kind) + f". Published: {claim['published']}."
                      + (f" With {claim['longer']['steps']} steps: {claim['longer']['verdict']}"
                         f"{_measured(claim['longer'], kind)}." if "longer" in claim else ""))
+    return [*lines, *(f"{quick}{line}" for line in _best(found["cells"]))]
+
+
+def _best(cells: list[Mapping]) -> list[str]:
+    """The highest mean on each task that has a teacher, against the teacher's."""
+    rows = [row for row in summary(cells) if row["mean"] is not None]
+    lines = []
+    for teacher in (row for row in rows if row["recipe"] == "teacher"):
+        if mine := [row for row in rows if row["task"] == teacher["task"] and row is not teacher]:
+            best = max(mine, key=lambda row: row["mean"])
+            lines.append(f"the best recipe on {best['task']} is {best['recipe']}, "
+                         f"{difference(best['mean'] - teacher['mean'], 'accuracy')} of the teacher.")
     return lines
 
 

@@ -18,6 +18,11 @@ class Paper(NamedTuple):
     tasks: dict[str, float] = {"sections": 0.25}  # parameters kept
     steps: int = 300
     beside: tuple[str, ...] = ()
+    one_seed: tuple[str, ...] = ()  # tasks that are not repeated
+
+    def quick(self) -> "Paper":
+        """Its first task, and the recipes of its claims alone."""
+        return self._replace(tasks=dict([next(iter(self.tasks.items()))]), beside=())
 
     def recipes(self) -> list[str]:
         """Every one once, in the order of the claims."""
@@ -36,6 +41,18 @@ PAPERS = {
         Claim("Fisher weights beat none before training", "fwsvd_only", "svd_only", "BERT-base at 33 %: +17.5"),
         Claim("and after it", "fwsvd", "svd", "ALBERT-large, 14 % smaller: 84.3 against 77.1")),
         beside=("whitened_only", "whitened")),
+    "lpaf": Paper("LPAF, 2306.14152, and the baselines of its table", (
+        Claim("LPAF is ahead of fine-tuned SVD", "lpaf", "svd", "MNLI: 82.6 against 79.9"),
+        Claim("first-order pruning beats magnitude pruning", "lpaf", "lpaf_magnitude", "its patterns are of lower rank"),
+        Claim("weighting by scores beats no weighting", "lpaf", "lpaf_even", "SST-2: 90.7 against 89.2"),
+        Claim("weighting by scores beats weighting by the mask", "lpaf", "lpaf_mask", "SST-2: 90.7 against 90.4"),
+        Claim("mixed ranks beat plain fine-tuning", "lpaf", "lpaf_plain", "SST-2: 90.7 against 89.5"),
+        Claim("the consistency of two passes helps", "lpaf", "lpaf_one_pass", "SST-2: 90.7 against 89.8"),
+        Claim("distillation beats the labels alone", "logits", "svd", "no such row in the paper"),
+        Claim("learned ranks beat uniform ones", "learned_ranks", "svd", "FLOP and SVD_Ft, MNLI: 79.9 each")),
+        {"sections": 0.25, "pairs": 0.5},
+        beside=("tinybert", "pkd", "ckd", "distilbert", "meta_distill", "theseus", "mixed_rank", "isp", "block_movement",
+                "fwsvd", "kfac", "whitened", "staged"), one_seed=("pairs",)),
     "dsformer": Paper("DSFormer, 2312.13211", (
         Claim("learned dense x sparse factors are ahead of fine-tuned low rank", "dsformer_learned", "svd",
               "up to 40 % more compression at equal scores"),

@@ -13,7 +13,8 @@ from ..factorize import factorize
 from ..job import open_model, open_tokenizer
 from ..method_inputs import needs_of, spread, stats_for, texts_for
 from ..plan import plan
-from ..recovery import finetune, staged, straight_through
+from ..recovery import (block_movement, finetune, isp, learned_ranks, lpaf, meta_distill, mixed_rank, staged,
+                        straight_through, theseus)
 from .tasks import Data
 
 RATE, BATCH, CALIBRATION_ROWS, CALIBRATION_BATCH = 2e-4, 32, 1024, 8
@@ -76,14 +77,24 @@ def untrained(method: str, **arguments) -> Recipe:
     return Recipe(f"{method}, not trained", lambda s: Made(*nearest(s, method, arguments)), trains=False)
 
 
-def finetuned(method: str, what: str | None = None, *, follows: bool = False, **arguments) -> Recipe:
-    """follows: the teacher's logits, too."""
+def finetuned(method: str, **arguments) -> Recipe:
+    """Factors, then training on the task alone."""
     def make(s: Setting) -> Made:
         model, tokenizer, kept = nearest(s, method, arguments)
-        finetune(model, s.data.train, tokenizer=tokenizer, teacher=s.open()[0] if follows else None, **s.training())
+        finetune(model, s.data.train, tokenizer=tokenizer, **s.training())
         return Made(model, tokenizer, kept)
 
-    return Recipe(what or f"{method}, then fine-tuned", make)
+    return Recipe(f"{method}, then fine-tuned", make)
+
+
+def distilled(what: str, strategy: Callable = finetune, **terms: float) -> Recipe:
+    """svd, trained towards the teacher: half the task's loss and half the distance to its logits, and these terms."""
+    def make(s: Setting) -> Made:
+        model, tokenizer, kept = nearest(s, "svd", {})
+        strategy(model, s.data.train, tokenizer=tokenizer, teacher=s.open()[0], distill=terms or None, **s.training())
+        return Made(model, tokenizer, kept)
+
+    return Recipe(f"svd, then {what}", make)
 
 
 def by_strategy(strategy: Callable, what: str, method: str = "svd", **options) -> Recipe:
@@ -92,6 +103,17 @@ def by_strategy(strategy: Callable, what: str, method: str = "svd", **options) -
         model, tokenizer = s.open()
         report = strategy(model, s.data.train, tokenizer=tokenizer, method=method, ratio=s.ratio, **options, **s.training())
         return Made(model, tokenizer, report.factorized.ratio)
+
+    return Recipe(what, make)
+
+
+def shrunk(strategy: Callable, what: str, **options) -> Recipe:
+    """A strategy that takes heads and neurons away; it follows the teacher where its paper does."""
+    def make(s: Setting) -> Made:
+        model, tokenizer = s.open()
+        report = strategy(model, s.data.train, tokenizer=tokenizer, teacher=s.open()[0], ratio=s.ratio, **options,
+                          **s.training())
+        return Made(model, tokenizer, report.ratio)
 
     return Recipe(what, make)
 
@@ -187,7 +209,21 @@ RECIPES = {
     "cospadi_only": untrained("cospadi"), "compot_only": untrained("compot"), "rocket_only": untrained("rocket"),
     "svd": finetuned("svd"), "fwsvd": finetuned("fwsvd"), "whitened": finetuned("whitened"),
     "monarch": finetuned("monarch", blocks=4), "block_low_rank": finetuned("block_low_rank", blocks=4),
-    "svd_logits": finetuned("svd", "svd, then fine-tuned towards the teacher's logits too", follows=True),
+    "kfac": finetuned("kfac"), "kfac_only": untrained("kfac"),
+    "logits": distilled("logits"), "tinybert": distilled("TinyBERT", hidden=1.0, attention=1.0),
+    "pkd": distilled("patient KD", cls=10.0), "ckd": distilled("contextual KD", relations=1.0),
+    "distilbert": distilled("DistilBERT", cosine=1.0), "meta_distill": distilled("MetaDistil", meta_distill),
+    "theseus": by_strategy(theseus, "svd, its blocks replaced at random (BERT-of-Theseus)"),
+    "mixed_rank": by_strategy(mixed_rank, "svd, trained with mixed ranks"),
+    "lpaf": by_strategy(lpaf, "LPAF, all three steps", "sparsity_aware"),
+    "lpaf_magnitude": by_strategy(lpaf, "LPAF, pruned by magnitude", "sparsity_aware", first_order=False),
+    "lpaf_mask": by_strategy(lpaf, "LPAF, weighted by the mask", "sparsity_aware", weighting="mask"),
+    "lpaf_even": by_strategy(lpaf, "LPAF, not weighted", "sparsity_aware", weighting="none"),
+    "lpaf_plain": by_strategy(lpaf, "LPAF, trained without mixed ranks", "sparsity_aware", p_init=0.0),
+    "lpaf_one_pass": by_strategy(lpaf, "LPAF, without the consistency of two passes", "sparsity_aware", consistency=0.0),
+    "learned_ranks": by_strategy(learned_ranks, "svd, its ranks learned by gates (FLOP)"),
+    "isp": shrunk(isp, "heads and neurons taken away in rounds (ISP)"),
+    "block_movement": shrunk(block_movement, "blocks and neurons by movement (BP_hybrid)"),
     "staged": by_strategy(staged, "svd in stages, trained in between"),
     "dsformer": finetuned("dsformer"),
     "dsformer_learned": by_strategy(straight_through, "dsformer, its factors learned", "dsformer"),
