@@ -179,7 +179,7 @@ def test_seeds_are_for_what_is_trained():
 
 @pytest.mark.parametrize("changes, said", [
     ({"paper": "bert"}, "paper must be one of gupta, fwsvd, .*; found 'bert'"),
-    ({"tasks": {"imdb": 0.5}}, "task must be one of sections, pairs, .*; found 'imdb'"),
+    ({"tasks": {"imdb": 0.5}}, "task must be one of modules, sections, .*; found 'imdb'"),
     ({"tasks": {"pairs": 0.5}}, "pairs: there is no task pairs; derive it with `python bench/tasks.py`"),
     ({"tasks": {"sections": 0.0}}, "ratio of sections is 0.0; needs above 0"), ({"tasks": {}}, "tasks is empty"),
     ({"seeds": 0, "quick": False}, "seeds is 0; needs a whole number, at least 1"),
@@ -195,6 +195,15 @@ def test_bad_input_is_named_before_any_work(work, found, changes, said):
 def test_a_result_is_not_overwritten(work, found):
     with pytest.raises(ArgumentError, match="out"):
         run(work)
+
+
+def test_a_task_needs_no_file(tmp_path):
+    data = open_task("modules", tmp_path)
+    train, test = ({row["text"] for row in part} for part in (data.train, data.test))
+    assert not train & test and len(train) > 3 * len(test) - 4 and {"torch.nn", "os"} <= set(data.labels)
+    assert {row["label"] for row in data.train} == set(range(len(data.labels)))
+    assert next(row["label"] for row in data.train if "ReLU" in row["text"]) in (
+        data.labels.index("torch.nn"), data.labels.index("torch.nn.functional"))
 
 
 def test_tasks_of_the_hub_become_the_same_rows(monkeypatch, tmp_path):

@@ -16,8 +16,11 @@ from .pretrain import PretrainReport, pretrain
 from .recovery import (block_movement, finetune, isp, learned_ranks, lpaf, meta_distill, mixed_rank, staged,
                        straight_through, theseus)
 from .replace import ReplaceReport, replace
+from .reproduce import reproduce
 from .stats import Stats
-from .structures import Dictionary, LowRank, LowRankGroup, LowRankSparse, Monarch, Sparse24, Submatrix, Sum, Wavelet
+from .structures import (Dictionary, LowRank, LowRankGroup, LowRankPivoted, LowRankSparse, Monarch, Quantized, Sparse24,
+                         Submatrix, Sum, Wavelet)
+from .update import UpdateReport, update
 
 __all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "CorrectionReport", "Dictionary", "LowRank", "LowRankGroup",
            "LowRankPivoted", "LowRankSparse", "Monarch", "PerLayer", "PivotReport", "Plan", "PretrainReport", "Quantized",
@@ -25,5 +28,5 @@ __all__ = ["AdaptReport", "Blocks", "Calibration", "Choice", "CorrectionReport",
            "block_movement", "build_info", "calibrate", "compare", "correct", "evaluate", "export_dense", "factorize",
            "finetune", "group_blocks", "isp", "kernels", "learned_ranks", "load", "load_adapter", "low_rank", "lpaf",
            "merge_adapters", "meta_distill", "mixed_rank", "parameter_groups", "pivot", "plan", "pretrain", "quantize",
-           "replace", "save", "save_adapter", "staged", "straight_through", "theseus", "unadapt", "ungroup_blocks",
-           "unmerge_adapters", "update"]
+           "replace", "reproduce", "save", "save_adapter", "staged", "straight_through", "theseus", "unadapt",
+           "ungroup_blocks", "unmerge_adapters", "update"]

@@ -176,7 +176,7 @@ def compare(
 @app.command(short_help="Runs a paper's experiment and says whether its claims held.")
 def reproduce(
     paper: Annotated[str, typer.Argument(metavar="PAPER", hidden=True)],
-    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Tasks of bench/tasks.py; keeps teachers.")] = Path("data"),
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Tasks of bench/tasks.py; keeps teachers.")] = Path("lowfat-data"),
     out: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Default: reproduce_PAPER.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few texts and steps, one seed: to see it run.")] = False,
     tasks: Annotated[Optional[str], typer.Option(metavar="NAME=RATIO,...", help="In the place of the paper's.",
@@ -187,11 +187,11 @@ def reproduce(
     jobs: Annotated[int, typer.Option(metavar="N", help="Runs at a time, each with its share of the threads.")] = 1,
     overwrite: Overwrite = False, as_json: Json = False,
 ) -> None:
-    """Runs the experiment of PAPER (gupta, fwsvd, lpaf, dsformer, cospadi, sltrain, wara) on tasks that need no network, or
-    on GLUE's (--tasks glue/sst2=0.5) through the package datasets: the paper's claims, what was measured, what held.
-    Killed, the same command continues.
+    """Runs the experiment of PAPER (gupta, fwsvd, lpaf, dsformer, cospadi, sltrain, wara) on tasks that need no network
+    (modules needs no file, either), or on GLUE's (--tasks glue/sst2=0.5) through the package datasets: the paper's claims,
+    what was measured, what held. Killed, the same command continues.
 
-    Example:  lowfat reproduce fwsvd --data bench/data --quick
+    Example:  lowfat reproduce fwsvd --tasks modules=0.25 --quick
     """
     from .reproduce import reproduce as job
 

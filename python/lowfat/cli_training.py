@@ -145,12 +145,12 @@ def lpaf(
     until: Annotated[float, typer.Option(hidden=True)] = UNTIL,
     consistency: Annotated[float, typer.Option(hidden=True)] = CONSISTENCY,
     train_dense: Annotated[bool, typer.Option("--train-dense", hidden=True)] = False,
-    layers: HiddenLayers = None, validation: HiddenTexts = None, task: HiddenTask = None, max_length: HiddenLength = None,
-    seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
+    layers: HiddenLayers = None, distill: HiddenDistill = None, validation: HiddenTexts = None, task: HiddenTask = None,
+    max_length: HiddenLength = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:
     """Prunes MODEL while it trains, factorizes it and trains that (LPAF), into OUT. If killed, repeat it. Also: --weighting
     mask, --magnitude, --p-init, --until, --consistency, --train-dense, --scope, --score-rate, --warm-up, --cool-down,
-    --method, --set, --policy, --layers, --task, --validation, --max-length, --seed, --save-every.
+    --method, --set, --policy, --layers, --distill, --task, --validation, --max-length, --seed, --save-every.
 
     \b
     Example:  lowfat lpaf all-MiniLM-L6-v2 pruned --steps 60 \\
@@ -158,8 +158,8 @@ def lpaf(
     """
     from .recovery import lpaf as strategy
 
-    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, task=task, device=device,
-                  method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
+    report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, distill=distill,
+                  task=task, device=device, method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
                   layers=layers or None, steps=steps, prune_share=prune_share, keep=keep, first_order=first_order,
                   scope=scope, score_rate=score_rate, warm_up=warm_up, cool_down=cool_down, weighting=weighting,
                   p_init=p_init, until=until, consistency=consistency, train_dense=train_dense,

@@ -451,7 +451,7 @@ def test_embeddings_and_language_models(tiny_llama):
     (isp, {"rounds": 2}), (block_movement, {})])
 def test_every_strategy_follows_too(strategy, options):
     found = []
-    for distill in (None, {"hidden": 1.0, "attention": 1.0}):
+    for distill in (None, {"hidden": 1.0}):
         torch.manual_seed(3)
         teacher, model = classifier(), classifier()
         strategy(model, rows(10), tokenizer=tokenizer(), teacher=teacher, distill=distill, batch_size=4, max_length=12,

@@ -152,7 +152,8 @@ def test_a_method_that_reads_the_rows(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"final_share": 1.0}, "final_share is 1.0"), ({"final_share": -0.1}, "final_share"), ({"warmup": 1.1}, "warmup is 1.1"),
     ({"gate_rate": 0.0}, "gate_rate"), ({"start": math.inf}, "start is inf"), ({"steps": 0}, "steps is 0"),
-    ({"steps": 1, "final_share": 0.9}, "leaves none"), ({"method": "monarch"}, "those of svd, fwsvd, whitened have"),
+    ({"steps": 1, "final_share": 0.9}, "leaves none"),
+    ({"method": "monarch"}, "those of svd, fwsvd, whitened, kfac, sparsity_aware have"),
     ({"method": "poetry"}, "method must be one of"), ({"ratio": 1.5}, "ratio"), ({"ratio": 1e-3}, "ratio|budget|least"),
     ({"layers": ["none"]}, "matches no linear layer"), ({"task": "poetry"}, "task is 'poetry'"),
     ({"alpha": 2.0}, "alpha is 2.0"), ({"arguments": {"side": "in"}}, "has no argument"),

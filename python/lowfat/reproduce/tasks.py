@@ -1,11 +1,13 @@
-"""The tasks that experiments run on: derived ones from a folder, the papers' own through the `datasets` package."""
+"""The tasks that experiments run on: docstrings, derived ones from a folder, the papers' own through `datasets`."""
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from ..data import read_rows
+from ..docstrings import MODULES, docstring_pairs
 from ..errors import ArgumentError
 
 
@@ -21,6 +23,7 @@ class Kind:
     test: str = "validation"  # its split that has labels and is not trained on
 
 
+BUILT_IN = {"modules": Kind("classification", 64, teacher_steps=120)}  # which module's docstring is it?
 DERIVED = {  # by bench/tasks.py of the repository
     "sections": Kind("classification", 32, 16384, 2000, 1024),
     "pairs": Kind("classification", 72, 10240, 1536, 640),
@@ -36,7 +39,7 @@ GLUE = {
     "glue/mnli": Kind("classification", 128, 16384, 2000, 1024, ("premise", "hypothesis"), "validation_matched"),
 }
 TEXTS = {"c4": Kind("lm", 256, 20_000, 400, texts=("text",))}
-TASKS = DERIVED | GLUE | TEXTS
+TASKS = BUILT_IN | DERIVED | GLUE | TEXTS
 QUICK_ROWS, QUICK_TEACHER_STEPS = {"train_rows": 4096, "test_rows": 512}, 192
 
 
@@ -63,20 +66,32 @@ def kind_of(name: str, quick: bool) -> Kind:
 
 
 def open_task(name: str, folder: Path, quick: bool = False) -> Data:
-    """The rows of a task: from folder/NAME where it was derived, else from the hub.
+    """The rows of a task: of docstrings, from folder/NAME where it was derived, else from the hub.
 
     ArgumentError where the one is missing, or the package or network for the other."""
     kind = kind_of(name, quick)
-    read = _derived if name in DERIVED else _downloaded
+    read = _docstrings if name in BUILT_IN else _derived if name in DERIVED else _downloaded
     train, test, labels, tokenizer = read(name, kind, folder)
     return Data(name, kind, train[:kind.train_rows], test[:kind.test_rows], labels, tokenizer)
+
+
+def _docstrings(name: str, kind: Kind, folder: Path):
+    """Three in four docstrings to train on. A module with fewer than 40 is left out."""
+    modules = " ".join(MODULES.values()).split()
+    found = [(pair, max((module for module in modules if pair.name.startswith(f"{module}.")), key=len))
+             for source in MODULES for pair in docstring_pairs(source)]
+    counts = Counter(module for _, module in found)
+    labels = sorted(module for module, count in counts.items() if count >= 40)
+    rows = [{"text": f"{pair.first} {pair.rest}", "label": labels.index(module)} for pair, module in found
+            if module in labels]
+    return [row for number, row in enumerate(rows) if number % 4], rows[::4], labels, None
 
 
 def _derived(name: str, kind: Kind, folder: Path):
     place = Path(folder) / name
     if not (place / "train.jsonl").is_file():
         raise ArgumentError(f"{place}: there is no task {name}; derive it with `python bench/tasks.py` of the repository, "
-                            f"or take one of {', '.join(GLUE)}")
+                            f"or take one of {', '.join([*BUILT_IN, *GLUE])}")
     train, test = (read_rows(place / f"{split}.jsonl") for split in ("train", "test"))
     labels = json.loads((place / "labels.json").read_text()) if kind.task == "classification" else None
     return train, test, labels, place if (place / "tokenizer.json").is_file() else None
