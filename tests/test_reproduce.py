@@ -40,7 +40,7 @@ def work(tmp_path_factory):
 
 def run(work, **changes):
     options = {"paper": "fwsvd", "out": work / "out", "data": work / "data", "encoder": work / "encoder", "quick": True,
-               "autocast": False, "steps": 3} | changes
+               "autocast": False, "steps": 20} | changes
     return reproduce(options.pop("paper"), **options)
 
 
@@ -65,7 +65,7 @@ def test_a_cell_is_what_the_library_gives(work, found):
     folder = next((work / "data" / "teachers").glob("sections-*"))
     model, words = open_model(folder, task="classification")
     lowfat.factorize(model, lowfat.plan(model, method="svd", ratio=0.25, policy="per_matrix"))
-    lowfat.finetune(model, rows(60), tokenizer=words, task="classification", steps=3, learning_rate=2e-4, max_length=32,
+    lowfat.finetune(model, rows(60), tokenizer=words, task="classification", steps=20, learning_rate=2e-4, max_length=32,
                     autocast=False)
     expected = evaluate(model, rows(100)[60:], words, task="classification", max_length=32)["accuracy"]
     assert next(cell["score"] for cell in found["cells"] if cell["recipe"] == "svd") == expected
@@ -93,8 +93,8 @@ def test_a_killed_run_goes_on(work, found, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(work, out=work / "killed")
     assert done == ["fwsvd_only", "svd_only", "fwsvd"] and (work / ".killed.progress").is_dir()
-    with pytest.raises(ArgumentError, match="options.steps was 3, is now 4"):
-        run(work, out=work / "killed", steps=4)
+    with pytest.raises(ArgumentError, match="options.steps was 20, is now 21"):
+        run(work, out=work / "killed", steps=21)
     done.clear()
     for name, recipe in original.items():
         monkeypatch.setitem(RECIPES, name, recipe._replace(make=lambda s, n=name, r=recipe: (done.append(n), r.make(s))[1]))
@@ -106,15 +106,14 @@ def test_a_killed_run_goes_on(work, found, monkeypatch):
 def test_a_claim_that_did_not_hold_gets_more_steps(work, monkeypatch):
     """Both sides of it, once; those that hold, and those about nothing trained, do not."""
     claims = (Claim("one", "svd", "whitened", ""), Claim("two", "fwsvd_only", "svd_only", ""))
-    paper = Paper("a paper", claims)
     rows = [{"task": "sections", "ratio": 0.25, **claim._asdict(), "verdict": "a tie"} for claim in claims]
     due = [Cell("sections", 0.25, name, LONGER * 10, 0) for name in ("svd", "whitened")]
-    assert longer_cells(paper, rows, 10) == due
-    assert longer_cells(paper, [rows[0] | {"verdict": "held"}, rows[1]], 10) == []
+    assert longer_cells(rows, 10) == due
+    assert longer_cells([rows[0] | {"verdict": "held"}, rows[1]], 10) == []
     monkeypatch.setitem(PAPERS, "fwsvd", Paper("a paper", (Claim("none", "svd", "svd_only", "nothing"),)))
     # not quick: all steps of a teacher would be trained
     monkeypatch.setitem(TASKS, "sections", Kind("classification", 32, 60, 40, 2))
-    found = run(work, out=work / "longer", quick=False, seeds=2, steps=2)
+    found = run(work, out=work / "longer", quick=False, seeds=2, steps=20)
     trained = [(cell["recipe"], cell["seed"]) for cell in found["cells"]]
     assert trained == [("teacher", 0), ("svd", 0), ("svd", 1), ("svd_only", 0)]
     assert found["longer"] == [] and len(found["claims"][0]["gains"]) == 1
@@ -129,11 +128,16 @@ def cell(recipe, seed, score, kind="accuracy", task="sections", steps=10):
 @pytest.mark.parametrize("gain, verdict", [(0.021, "held"), (0.019, "a tie"), (-0.019, "a tie"), (-0.021, "the opposite")])
 def test_under_two_points_is_a_tie(gain, verdict):
     claim = Claim("", "a", "b", "")
-    rows = [cell("a", seed, 0.5 + gain + shift) for seed, shift in enumerate((-0.1, 0, 0.1))] + [
-        cell("b", seed, 0.5) for seed in range(3)]
-    one = compared(claim, rows)
-    assert one["verdict"] == verdict and one["gain"] == pytest.approx(gain, abs=1e-12)
-    assert one["gains"] == pytest.approx([gain - 0.1, gain, gain + 0.1], abs=1e-12)
+    def found(shift):
+        rows = [cell("a", seed, 0.5 + gain + one) for seed, one in enumerate((-shift, 0, shift))]
+        return compared(claim, [*rows, *(cell("b", seed, 0.5) for seed in range(3))])
+
+    assert found(0.01)["verdict"] == verdict and found(0.01)["gain"] == pytest.approx(gain, abs=1e-12)
+    assert found(0.01)["gains"] == pytest.approx([gain - 0.01, gain, gain + 0.01], abs=1e-12)
+    # a seed that says the opposite
+    assert found(0.1)["verdict"] == ("a tie" if verdict == "a tie" else "mixed")
+    assert compared(claim._replace(of_no_loss=True), [cell("a", 0, 0.5 + gain), cell("b", 0, 0.5)])["verdict"] == (
+        "the opposite" if verdict == "the opposite" else "held")
 
 
 def test_of_nats_less_is_better():
@@ -147,6 +151,14 @@ def test_a_run_that_diverged_decides_nothing():
     assert compared(claim, [cell("a", 0, None), cell("b", 0, 0.5)]) == {"verdict": "failed", "gain": None, "gains": []}
     one = summary([cell("a", 0, None), cell("a", 1, 0.5)])[0]
     assert one["failed"] == 1 and one["mean"] == 0.5 and one["spread"] is None
+
+
+def test_only_a_claim_that_did_not_hold_has_a_longer_run_though_another_shares_a_side():
+    claims = [Claim("", "a", "b", ""), Claim("", "a", "c", ""), Claim("", "b", "c", "")]
+    cells = [cell("a", 0, 0.6), cell("b", 0, 0.5), cell("c", 0, 0.6)]
+    rows = judged(claims, cells, [cell("a", 0, 0.7, steps=40), cell("c", 0, 0.6, steps=40)])
+    assert [row["verdict"] for row in rows] == ["held", "a tie", "the opposite"]
+    assert ["longer" in row for row in rows] == [False, True, False]
 
 
 def test_each_task_has_its_own_verdict_and_the_longer_run_stands_beside():
@@ -183,6 +195,7 @@ def test_seeds_are_for_what_is_trained():
     ({"tasks": {"pairs": 0.5}}, "pairs: there is no task pairs; derive it with `python bench/tasks.py`"),
     ({"tasks": {"sections": 0.0}}, "ratio of sections is 0.0; needs above 0"), ({"tasks": {}}, "tasks is empty"),
     ({"seeds": 0, "quick": False}, "seeds is 0; needs a whole number, at least 1"),
+    ({"steps": 5}, "steps is 5; fwsvd trains, .* needs at least 20"), ({"tasks": {"sections": 1.0}}, "ratio of sections is 1"),
     ({"jobs": 0}, "jobs is 0; needs a whole number, at least 1"),
     ({"paper": "sltrain", "tasks": {"sections": 0.5}}, "sections is a task of classification; sltrain needs lm"),
     ({"encoder": Path("/nowhere")}, "/nowhere: no such folder")])

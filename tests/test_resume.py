@@ -120,8 +120,8 @@ def run_block_movement(work, **changes):
 
 
 JOBS = {"factorize": run_factorize, "finetune": run_finetune, "staged": run_staged,
-        "straight_through": run_straight_through, "meta_distill": run_meta_distill, "mixed_rank": run_mixed_rank, "theseus": run_theseus,
-        "lpaf": run_lpaf, "learned_ranks": run_learned_ranks, "isp": run_isp, "block_movement": run_block_movement}
+        "straight_through": run_straight_through, "meta_distill": run_meta_distill, "mixed_rank": run_mixed_rank,
+        "theseus": run_theseus, "lpaf": run_lpaf, "learned_ranks": run_learned_ranks, "isp": run_isp, "block_movement": run_block_movement}
 
 
 def child(call):
@@ -327,7 +327,7 @@ CHANGES = {
     "theseus": {"options.p_init": {"replaced": 0.5}, "options.until": {"until": 0.5}, "data": {"rows": rows(9)}},
     "lpaf": {"options.keep": {"keep": 0.4}, "options.weighting": {"weighting": "mask"}, "options.scope": {"scope": "global"},
              "options.pruning_steps": {"prune_share": 0.4}, "options.first_order": {"first_order": False},
-             "options.score_rate": {"score_rate": 0.1}, "options.warm_up": {"warm_up": 0.2},
+             "options.score_rate": {"score_rate": 0.1}, "options.warmup": {"warmup": 0.2},
              "options.cool_down": {"cool_down": 0.2}, "options.p_init": {"p_init": 0.6}, "options.steps": {"steps": 12},
              "options.arguments.exact": {"arguments": {"exact": True}}, "data": {"rows": rows(9)}},
     "straight_through": {"options.every": {"every": 2}, "options.fade": {"fade": 0.3}, "options.freeze": {"freeze": 0.2},

@@ -14,7 +14,7 @@ from .methods import named
 from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
 from .plan import POLICIES
 from .recovery.distillation import spelled
-from .recovery.lpaf import COOL_DOWN, PRUNE_SHARE, SCORE_RATE, WARM_UP
+from .recovery.lpaf import COOL_DOWN, PRUNE_SHARE, SCORE_RATE, WARMUP
 from .recovery.mixed_rank import CONSISTENCY, P_INIT, UNTIL
 from .recovery.staged import FINAL_SHARE
 from .recovery.straight_through import EVERY, FADE, FREEZE, PULL, SHADOW_RATE
@@ -139,7 +139,7 @@ def lpaf(
     first_order: Annotated[bool, typer.Option("--first-order/--magnitude", hidden=True)] = True,
     scope: Annotated[str, typer.Option(hidden=True)] = "matrix",
     score_rate: Annotated[float, typer.Option(hidden=True)] = SCORE_RATE,
-    warm_up: Annotated[float, typer.Option(hidden=True)] = WARM_UP,
+    warmup: Annotated[float, typer.Option(hidden=True)] = WARMUP,
     cool_down: Annotated[float, typer.Option(hidden=True)] = COOL_DOWN,
     p_init: Annotated[float, typer.Option(hidden=True)] = P_INIT,
     until: Annotated[float, typer.Option(hidden=True)] = UNTIL,
@@ -149,7 +149,7 @@ def lpaf(
     max_length: HiddenLength = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:
     """Prunes MODEL while it trains, factorizes it and trains that (LPAF), into OUT. If killed, repeat it. Also: --weighting
-    mask, --magnitude, --p-init, --until, --consistency, --train-dense, --scope, --score-rate, --warm-up, --cool-down,
+    mask, --magnitude, --p-init, --until, --consistency, --train-dense, --scope, --score-rate, --warmup, --cool-down,
     --method, --set, --policy, --layers, --distill, --task, --validation, --max-length, --seed, --save-every.
 
     \b
@@ -161,7 +161,7 @@ def lpaf(
     report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, distill=distill,
                   task=task, device=device, method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
                   layers=layers or None, steps=steps, prune_share=prune_share, keep=keep, first_order=first_order,
-                  scope=scope, score_rate=score_rate, warm_up=warm_up, cool_down=cool_down, weighting=weighting,
+                  scope=scope, score_rate=score_rate, warmup=warmup, cool_down=cool_down, weighting=weighting,
                   p_init=p_init, until=until, consistency=consistency, train_dense=train_dense,
                   learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed,
                   save_every=save_every, overwrite=overwrite)

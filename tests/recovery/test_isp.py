@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lowfat
-from lowfat.errors import ArgumentError, UnsupportedError
+from lowfat.errors import ArgumentError, NumericsError, UnsupportedError
 from lowfat.job import open_model
 from lowfat.progress import tensors_digest
 from lowfat.recovery import finetune, isp
@@ -166,6 +166,7 @@ def test_moments_follow_the_weights(monkeypatch):
     ({"policy": "allocated"}, "one of pooled, per_block; found 'allocated'"), ({"ratio": 1.0}, "ratio must be"),
     ({"ratio": True}, "ratio must be"), ({"ratio": 0.1}, "one head or neuron of every block is 0.295"),
     ({"task": "poetry"}, "task is 'poetry'"), ({"learning_rate": 0}, "learning_rate"),
+    ({"policy": "per_block", "ratio": 0.4}, "ratio is 0.4; of the 2 units of .* that leaves none"),
 ])
 def test_bad_arguments_are_named_before_any_work(change, message):
     model = classifier()
@@ -173,6 +174,13 @@ def test_bad_arguments_are_named_before_any_work(change, message):
     with pytest.raises(ArgumentError, match=message):
         run(model, **change)
     assert digest(model) == before
+
+
+def test_training_that_diverges_leaves_no_hook():
+    model = classifier()
+    with pytest.raises(NumericsError) as kept:  # with its traceback, which holds what the rounds had opened
+        run(model, learning_rate=1e30)
+    assert kept.tb and not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_what_comes_out_goes_on(tmp_path):

@@ -157,6 +157,7 @@ def test_a_method_that_reads_the_rows(tmp_path):
     ({"method": "poetry"}, "method must be one of"), ({"ratio": 1.5}, "ratio"), ({"ratio": 1e-3}, "ratio|budget|least"),
     ({"layers": ["none"]}, "matches no linear layer"), ({"task": "poetry"}, "task is 'poetry'"),
     ({"alpha": 2.0}, "alpha is 2.0"), ({"arguments": {"side": "in"}}, "has no argument"),
+    ({"arguments": {"form": "pivoted"}}, "form is pivoted; ranks are learned of factors"),
 ])
 def test_bad_arguments_are_named_before_any_work(change, message):
     model = classifier()

@@ -125,7 +125,7 @@ def test_as_many_weights_stay_as_asked_for_when_they_are_factorized(monkeypatch)
         seen.update({name: (layer.weight.count_nonzero().item(), layer.weight.numel()) for name, layer in self.layers.items()})
 
     monkeypatch.setattr(Movement, "apply", watched)
-    report = run(classifier(), steps=20, keep=0.2, prune_share=0.5, warm_up=0.2, cool_down=0.3)
+    report = run(classifier(), steps=20, keep=0.2, prune_share=0.5, warmup=0.2, cool_down=0.3)
     assert len(seen) == 12 and all(count == round(0.2 * size) for count, size in seen.values())
     kept = [entry["kept"] for entry in report.pruning]
     assert [entry["step"] for entry in report.pruning] == list(range(1, 11))
@@ -229,8 +229,8 @@ def test_training_that_diverges_leaves_no_score():
     ({"weighting": "size"}, "weighting is 'size'; needs one of scores, mask, none"),
     ({"scope": "model"}, "scope is 'model'; needs one of matrix, global"),
     ({"score_rate": 0.0}, "score_rate is 0.0; needs a number above 0"),
-    ({"warm_up": 0.8, "cool_down": 0.3}, "warm_up is 0.8 and cool_down 0.3; together they must not exceed 1"),
-    ({"warm_up": -0.1}, "warm_up is -0.1; needs 0 to 1"), ({"cool_down": 1.5}, "cool_down is 1.5"),
+    ({"warmup": 0.8, "cool_down": 0.3}, "warmup is 0.8 and cool_down 0.3; together they must not exceed 1"),
+    ({"warmup": -0.1}, "warmup is -0.1; needs 0 to 1"), ({"cool_down": 1.5}, "cool_down is 1.5"),
     ({"p_init": 2.0}, "p_init is 2.0"), ({"until": 2.0}, "until is 2.0"), ({"consistency": -1.0}, "consistency is -1.0"),
     ({"steps": 0}, "steps is 0"), ({"method": "sleep"}, "method must be one of"), ({"ratio": 0.0}, "ratio must be"),
     ({"arguments": {"side": "in"}}, "sparsity_aware has no argument 'side'; it has exact, drop"),

@@ -162,6 +162,11 @@ def test_the_lessons_change_what_the_student_becomes_and_repeat_bit_for_bit():
     assert found[0] == found[1] != found[2]
 
 
+def test_lessons_go_on_where_the_student_follows_no_teacher_any_more():
+    terms = {"logits": {"weight": 1.0, "until": 0.5}}
+    assert train(classifier(), teacher=classifier(), steps=4, distill=terms).lessons == 4
+
+
 def test_the_result_is_the_student_alone(tmp_path):
     model = factorized(classifier())
     train(model, teacher=classifier(), out=tmp_path / "out", save_every=2)

@@ -51,13 +51,14 @@ def run(job: Job, cell: Cell, on_progress=None) -> dict:
         if cell.method is not None:
             resumed_from = _make(job, cell, model, tokenizer, row, on_progress)
         row["numbers"] = evaluate(model, job.test, tokenizer, task=job.task, max_length=job.max_length)
-        row["score"] = _finite(row["numbers"][SCORES[job.task]])
+        row["score"] = finite(row["numbers"][SCORES[job.task]])
     except NumericsError as error:  # a training that diverged is a result too
         row["failed"] = str(error)
     return row if resumed_from else row | {"seconds": round(time.monotonic() - started, 1)}
 
 
-def _finite(score: float) -> float | None:
+def finite(score: float) -> float | None:
+    """None for a model that answers NaN."""
     return score if math.isfinite(score) else None
 
 
@@ -98,8 +99,8 @@ def _make(job: Job, cell: Cell, model, tokenizer, row: dict, on_progress) -> int
     teacher = open_model(job.folder, task=job.task, device=job.device)[0] if job.distill else None
     training = {"tokenizer": tokenizer, "task": job.task, "teacher": teacher, "steps": job.steps,
                 "learning_rate": cell.learning_rate, "batch_size": job.batch_size, "max_length": job.max_length,
-                "autocast": job.autocast, "seed": cell.seed, "save_every": max(10, job.steps // 5), "out": job.states / f"{cell.name}.model", "overwrite": True,
-                "on_progress": on_progress}
+                "autocast": job.autocast, "seed": cell.seed, "save_every": max(10, job.steps // 5),
+                "out": job.states / f"{cell.name}.model", "overwrite": True, "on_progress": on_progress}
     if cell.recovery == "finetune":
         report = finetune(model, job.train, **training)
     else:

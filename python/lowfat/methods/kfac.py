@@ -92,7 +92,7 @@ def _mixed(gram: Tensor, share: float, device: torch.device, name: str, nothing:
     gram = gram.to(device)
     mean = float(gram.diagonal().double().mean())
     if share == 1 or mean == 0:
-        return _Side(torch.zeros_like(gram), 1.0, [] if mean else [f"{nothing} in the calibration: all alike"])
+        return _Side(torch.zeros_like(gram), mean or 1.0, [] if mean else [f"{nothing} in the calibration: all alike"])
     return _Side(gram, max(share / (1 - share), DAMPING) * mean, [])
 
 

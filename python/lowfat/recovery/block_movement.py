@@ -34,8 +34,8 @@ def block_movement(model, train: Sequence[Mapping], *, tokenizer, task: str | No
     left as finetune() does, also the masked blocks of heads that stay: they begin at 0, and are stored anyhow.
 
     ratio: of the weights of all attention and feed-forward matrices of the blocks. scope: "global" compares the scores of
-    all layers, "matrix" takes the same share of each. Every block keeps one head and one neuron at least. The other
-    arguments, out and on_progress are those of finetune(). ArgumentError before any work."""
+    all attention blocks, and those of all neurons, "matrix" takes the same share of each. Every block keeps one head and one
+    neuron at least. The other arguments, out and on_progress are those of finetune(). ArgumentError before any work."""
     started = time.monotonic()
     check_numbers(alpha, {"steps": steps, "block": block, "batch_size": batch_size, "save_every": save_every},
                   learning_rate=learning_rate, score_rate=score_rate, temperature=temperature)

@@ -1,6 +1,7 @@
 """Iterative structured pruning: the heads and neurons that matter least go in rounds, with training in between."""
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def isp(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, 
         raise ArgumentError(f"steps is {steps}; {rounds} rounds, and {final_share:g} of the steps after them, need more")
     units = units_of(model, ratio, distill)
     counts, dense = {name: one.count for name, one in units.items()}, dense_size(units)
+    if policy == "per_block" and (few := [name for name, count in counts.items() if int(ratio * count) < 1]):
+        raise ArgumentError(f"ratio is {ratio}; of the {counts[few[0]]} units of {few[0]} that leaves none, and every block "
+                            f"keeps one: needs more, or policy pooled")
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
                                temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)
@@ -97,9 +101,11 @@ def isp(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, 
             yield Part("final", steps - rounds * each, schedule="linear")
 
         with ready(objective, tokenizer):
-            history, resumed_from = run_parts(
-                objective, in_order(data, steps * batch_size, seed), tokenizer, parts(), learning_rate=learning_rate,
-                steps=steps, states=states, batch_size=batch_size, seed=seed, save_every=save_every, on_progress=on_progress)
+            with closing(parts()) as rounds_and_rest:  # what a round has put into the model leaves it, whatever happens
+                history, resumed_from = run_parts(
+                    objective, in_order(data, steps * batch_size, seed), tokenizer, rounds_and_rest,
+                    learning_rate=learning_rate, steps=steps, states=states, batch_size=batch_size, seed=seed,
+                    save_every=save_every, on_progress=on_progress)
         return history, resumed_from, shares
 
     history, resumed_from, shares = run_into(out, run, objective, tokenizer, data, options, overwrite)

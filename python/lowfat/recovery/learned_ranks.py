@@ -62,6 +62,8 @@ def learned_ranks(model, train: Sequence[Mapping], *, tokenizer, task: str | Non
     if METHODS[method].size is not low_rank_size:
         able = ", ".join(name for name, known in METHODS.items() if known.size is low_rank_size)
         raise ArgumentError(f"method is {method}, whose layers have no rank components to learn; those of {able} have")
+    if (form := making.arguments.get("form", "factors")) != "factors":
+        raise ArgumentError(f"form is {form}; ranks are learned of factors")
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
                                temperature=temperature, alpha=alpha, autocast=autocast, distill=distill)

@@ -21,7 +21,7 @@ from .making import Making
 from .mixed_rank import CONSISTENCY, P_INIT, UNTIL, MixedObjective, Mixing, factorized_and_mixed
 from .training import Phase, TrainReport, check_numbers, in_order, prepared, ready, run_into, train_phase
 
-PRUNE_SHARE, SCORE_RATE, WARM_UP, COOL_DOWN = 0.5, 1e-2, 0.1, 0.3  # of lpaf(), which says what they are
+PRUNE_SHARE, SCORE_RATE, WARMUP, COOL_DOWN = 0.5, 1e-2, 0.1, 0.3  # of lpaf(), which says what they are
 WEIGHTINGS = ("scores", "mask", "none")
 _FLOOR = 1e-3  # of the mean, added to every weight of an element
 
@@ -45,7 +45,7 @@ class Pruned:
     first_order: bool = True
     scope: str = "matrix"
     score_rate: float = SCORE_RATE
-    warm_up: float = WARM_UP  # shares of these steps
+    warmup: float = WARMUP  # shares of these steps
     cool_down: float = COOL_DOWN
 
     def __post_init__(self):
@@ -57,17 +57,17 @@ class Pruned:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}; needs one of {', '.join(allowed)}")
         if not 0 < self.score_rate < math.inf:
             raise ArgumentError(f"score_rate is {self.score_rate}; needs a number above 0")
-        for name in ("warm_up", "cool_down"):
+        for name in ("warmup", "cool_down"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; needs 0 to 1")
-        if self.warm_up + self.cool_down > 1:
-            raise ArgumentError(f"warm_up is {self.warm_up} and cool_down {self.cool_down}; together they must not exceed 1")
+        if self.warmup + self.cool_down > 1:
+            raise ArgumentError(f"warmup is {self.warmup} and cool_down {self.cool_down}; together they must not exceed 1")
 
 
 def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, method: str = "sparsity_aware",
          ratio: float = 0.5, policy: str = "per_matrix", arguments: Mapping | None = None,
          layers: Sequence[str] | None = None, steps: int, prune_share: float = PRUNE_SHARE, keep: float | None = None,
-         first_order: bool = True, scope: str = "matrix", score_rate: float = SCORE_RATE, warm_up: float = WARM_UP,
+         first_order: bool = True, scope: str = "matrix", score_rate: float = SCORE_RATE, warmup: float = WARMUP,
          cool_down: float = COOL_DOWN, weighting: str = "scores", p_init: float = P_INIT, until: float = UNTIL,
          consistency: float = CONSISTENCY, train_dense: bool = False, learning_rate: float = 1e-4, batch_size: int = 32,
          max_length: int | None = None, calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None,
@@ -78,7 +78,7 @@ def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None,
     there. steps is all of it, to be compared with as many of finetune().
 
     1. For prune_share of the steps only the best `keep` of the weights compute, by default as many as ratio; the share falls
-    to that between the first warm_up and the last cool_down of these steps. first_order: best by movement scores, which
+    to that between the first warmup and the last cool_down of these steps. first_order: best by movement scores, which
     learn at score_rate; else by magnitude. scope: in each matrix, or global. prune_share 0 or keep 1 skips this step.
     2. method with ratio, policy and arguments; of sparsity_aware, weighting says with which weights: the scores above 0 of
     what is kept (of magnitude its own), the mask, or none. Another method reads calibration_rows of the rows as ever.
@@ -93,7 +93,7 @@ def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None,
     mixing.check(model)
     making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
     pruned = Pruned(ratio if keep is None else keep, pruning_steps(steps, prune_share, keep), weighting, first_order, scope,
-                    score_rate, warm_up, cool_down)
+                    score_rate, warmup, cool_down)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
                                temperature=temperature, alpha=alpha, autocast=autocast, distill=distill,
@@ -152,7 +152,7 @@ def _prune(objective: MixedObjective, order: list[dict], tokenizer, phase: Phase
     from .movement import NAME, Movement, Pruning
 
     movement = Movement(factorizable(objective.student, layers), scope=pruned.scope, first_order=pruned.first_order)
-    pruning = Pruning(movement, start=round(pruned.warm_up * phase.steps),
+    pruning = Pruning(movement, start=round(pruned.warmup * phase.steps),
                       end=phase.steps - round(pruned.cool_down * phase.steps), final=pruned.keep)
     try:
         state, moments = train_phase(objective, order, tokenizer, phase, rates={NAME: pruned.score_rate},

@@ -178,7 +178,10 @@ class _Taught(Objective):
         self.taught.requires_grad_(True)
         try:
             with untouched(self.student):
-                return _gradients(super().forward(**batch)["loss"], list(self.taught.parameters()))
+                loss, parameters = super().forward(**batch)["loss"], list(self.taught.parameters())
+                if not loss.requires_grad:  # by now the student follows no teacher
+                    return [torch.zeros_like(parameter) for parameter in parameters]
+                return _gradients(loss, parameters)
         finally:
             self.taught.requires_grad_(False)
 

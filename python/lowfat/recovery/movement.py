@@ -1,7 +1,7 @@
 """Pruning while training: scores say which weights stay, the largest of them do, and the share that stays falls as a cubic.
 
 First order (movement pruning, Sanh et al. 2005.07683): S takes part in y = x (W * M)^T only through its mask M = TopK(S),
-and learns straight through it, dS = (dL/d(W * M)) * W, so it sums up -rate g w: what moves away from zero stays. Zero order:
+and learns straight through it, dS = (dL/d(W * M)) * W, so it grows with -g w: what moves away from zero stays. Zero order:
 S = |W|.
 Imported inside functions only, because it brings transformers."""
 from collections.abc import Mapping

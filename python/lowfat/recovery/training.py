@@ -234,7 +234,10 @@ def _in_fp32(student) -> Iterator[None]:
         yield
     finally:
         for name, parameter in student.named_parameters():
-            dtype = half.get(name) or half.get(f"{name.rpartition('.')[0]}.weight")
+            dtype, layer = half.get(name), name
+            while dtype is None and layer:  # a part of what came in the place of a layer, or of its part
+                layer = layer.rpartition(".")[0]
+                dtype = half.get(f"{layer}.weight")
             parameter.data = parameter.data.to(dtype or parameter.dtype)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import progress, storage
+from ..comparison.cell import SCORES, finite
 from ..errors import ArgumentError, NumericsError
 from ..evaluate import evaluate
 from ..job import file_digests
@@ -17,12 +18,11 @@ from ..recovery import finetune
 from ..strict_json import read_json
 from .page import draw, markdown
 from .papers import PAPERS, Paper
-from .recipes import BATCH, RATE, RECIPES, Setting, new_classifier
+from .recipes import BATCH, RATE, RECIPES, Setting, new_classifier, peft
 from .tasks import Data, open_task
 from .verdict import judged
 
-SCORES = {"classification": "accuracy", "lm": "nats_per_token"}  # the last: less is better
-TEACHER_RATE, LONGER = 1e-4, 4
+TEACHER_RATE, LONGER, FEWEST_STEPS = 1e-4, 4, 20
 QUICK = {"steps": 60, "seeds": 1}
 _OVERHEAD = 20  # steps that opening and judging a model are worth, for the time left
 
@@ -69,6 +69,7 @@ def reproduce(paper: str, *, out: str | Path, data: str | Path, encoder: str | P
     if quick:
         steps, seeds = min(steps, QUICK["steps"]), QUICK["seeds"]
     _check(tasks, steps, seeds, jobs)
+    _check_recipes(paper, chosen, tasks, steps)
     out, encoder = Path(out), Path(encoder)
     states = out.absolute().parent / f".{out.name}.progress"
     storage.check_target(out, overwrite or states.exists())
@@ -90,7 +91,7 @@ def reproduce(paper: str, *, out: str | Path, data: str | Path, encoder: str | P
         work = _Work(on_progress, quick)
         found["cells"] = _rows(job, cells, jobs, work)
         found["claims"] = judged(chosen.claims, found["cells"])
-        longer = [] if quick or not steps else longer_cells(chosen, found["claims"], steps)
+        longer = [] if quick or not steps else longer_cells(found["claims"], steps)
         found["longer"] = _rows(job, longer, jobs, work)
         found["claims"] = judged(chosen.claims, found["cells"], found["longer"])
         storage.stage("reproduced")
@@ -123,6 +124,15 @@ def _check(tasks: Mapping[str, float], steps: int, seeds: int, jobs: int) -> Non
             raise ArgumentError(f"{name} is {value!r}; needs a whole number, at least {least}")
 
 
+def _check_recipes(name: str, paper: Paper, tasks: Mapping[str, float], steps: int) -> None:
+    if any(RECIPES[recipe].trains for recipe in paper.recipes()) and steps < FEWEST_STEPS:
+        raise ArgumentError(f"steps is {steps}; {name} trains, some of it in rounds: needs at least {FEWEST_STEPS}")
+    if full := [task for task, ratio in tasks.items() if ratio == 1 and max(paper.tasks.values()) < 1]:
+        raise ArgumentError(f"ratio of {full[0]} is 1; {name} makes models smaller: needs below 1")
+    if {"lora", "waveft"} & set(paper.recipes()):
+        peft()
+
+
 def _check_kinds(name: str, paper: Paper, rows: Mapping[str, Data]) -> None:
     """A paper about language models has recipes for those alone."""
     due = "lm" if any(recipe.endswith("_lm") for recipe in paper.recipes()) else "classification"
@@ -136,7 +146,8 @@ def teacher(data: Data, encoder: Path, folder: Path, autocast: bool | str, on_pr
     if not data.kind.teacher_steps:
         return None
     settings = {"encoder": file_digests(encoder), "rows": progress.json_digest(list(data.train)), "steps":
-                data.kind.teacher_steps, "max_length": data.kind.max_length, "autocast": autocast, "rate": TEACHER_RATE}
+                data.kind.teacher_steps, "max_length": data.kind.max_length, "autocast": autocast, "rate": TEACHER_RATE, "batch_size": BATCH,
+                **progress.environment(torch.device("cpu"))}
     target = folder / "teachers" / f"{data.name.replace('/', '-')}-{progress.json_digest(settings)[:16]}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +171,7 @@ def cells_of(paper: Paper, tasks: Mapping[str, float], steps: int, seeds: int, t
     return cells
 
 
-def longer_cells(paper: Paper, claims: Sequence[Mapping], steps: int) -> list[Cell]:
+def longer_cells(claims: Sequence[Mapping], steps: int) -> list[Cell]:
     """Both sides of every claim that did not hold and is about training, with more steps."""
     found = []
     for claim in claims:
@@ -213,8 +224,8 @@ def run(job: Job, cell: Cell, on_progress: Callable) -> dict:
             row["kept"] = 1.0
         else:
             model, tokenizer, row["kept"], row["facts"] = RECIPES[cell.recipe].make(setting)
-        row["score"] = evaluate(model, data.test, tokenizer, task=data.kind.task,
-                                max_length=data.kind.max_length)[row["score_is"]]
+        row["score"] = finite(evaluate(model, data.test, tokenizer, task=data.kind.task,
+                                       max_length=data.kind.max_length)[row["score_is"]])
     except NumericsError as error:  # a training that diverged is a result too
         row["failed"] = str(error)
     return row | {"seconds": round(time.monotonic() - started, 1)}

@@ -30,9 +30,9 @@ def difference(value: float, kind: str) -> str:
 def texts(cells: list[Mapping], quick: bool = False) -> list[dict[str, str]]:
     """The rows of the table as they are shown."""
     return [{"task": row["task"], "recipe": f"`{row['recipe']}`: {what(row['recipe'])}",
-             "kept": "" if row["kept"] is None else f"{row['kept']:.1%}", 
+             "kept": "" if row["kept"] is None else f"{row['kept']:.1%}",
              "steps": f"{row['steps']}{' (quick run)' if quick else ''}",
-             "seeds": str(row["seeds"]), "mean": score(row["mean"], row["score_is"]),
+             "seeds": f"{row['seeds']}" + (f", {row['failed']} diverged" if row["failed"] else ""), "mean": score(row["mean"], row["score_is"]),
              "spread": "" if row["spread"] is None else score_spread(row),
              "each": ", ".join(score(value, row["score_is"]) for value in row["scores"]), "seconds": f"{row['seconds']:.0f}"}
             for row in summary(cells)]

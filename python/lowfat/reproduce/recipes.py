@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..comparison.cell import CALIBRATION_BATCH
 from ..errors import ArgumentError
 from ..factorize import factorize
 from ..job import open_model, open_tokenizer
@@ -17,7 +18,7 @@ from ..recovery import (block_movement, finetune, isp, learned_ranks, lpaf, meta
                         straight_through, theseus)
 from .tasks import Data
 
-RATE, BATCH, CALIBRATION_ROWS, CALIBRATION_BATCH = 2e-4, 32, 1024, 8
+RATE, BATCH, CALIBRATION_ROWS = 2e-4, 32, 1024
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,10 @@ def new_classifier(encoder: Path, data: Data, seed: int):
 
 
 def _lora(model) -> None:
-    peft = _peft()
     from ..layers import adaptable
 
-    peft.get_peft_model(model, peft.LoraConfig(r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK,
-                                               target_modules=list(adaptable(model, None))))
+    package, layers = peft(), list(adaptable(model, None))
+    package.get_peft_model(model, package.LoraConfig(r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK, target_modules=layers))
 
 
 def _waveft(model) -> None:
@@ -184,10 +184,10 @@ def _waveft(model) -> None:
     from ..layers import adaptable
     from ..structures.structure import sizes
 
-    peft, found = _peft(), adaptable(model, None)
+    package, found = peft(), adaptable(model, None)
     counts = {re.escape(name): ADAPTER_RANK * sum(sizes(layer)) for name, layer in found.items()}
-    peft.get_peft_model(model, peft.WaveFTConfig(n_frequency=1, n_frequency_pattern=counts, wavelet_family="db1",
-                                                 target_modules=list(found)))
+    package.get_peft_model(model, package.WaveFTConfig(n_frequency=1, n_frequency_pattern=counts, wavelet_family="db1",
+                                                       target_modules=list(found)))
 
 
 def _wavelet(model) -> None:
@@ -196,12 +196,13 @@ def _wavelet(model) -> None:
     adapt(model, rank=ADAPTER_RANK, alpha=2 * ADAPTER_RANK)
 
 
-def _peft():
+def peft():
+    """The package; ArgumentError where it is missing."""
     try:
-        import peft
+        import peft as package
     except ImportError as error:
         raise ArgumentError("LoRA and WaveFT are PEFT's; needs the package peft (pip install peft)") from error
-    return peft
+    return package
 
 
 RECIPES = {

@@ -13,15 +13,16 @@ def judged(claims: Sequence, cells: Sequence[Mapping], longer: Sequence[Mapping]
         more = [cell for cell in longer if (cell["task"], cell["ratio"]) == (task, ratio)]
         for claim in claims:
             row = {"task": task, "ratio": ratio, **claim._asdict(), **compared(claim, here)}
-            if sides := [cell for cell in more if cell["recipe"] in (claim.ahead, claim.behind)]:
+            sides = [cell for cell in more if cell["recipe"] in (claim.ahead, claim.behind)]
+            if row["verdict"] != "held" and len({cell["recipe"] for cell in sides}) == 2:  # others' claims may share a side
                 row["longer"] = compared(claim, sides) | {"steps": sides[0]["steps"]}
             rows.append(row)
     return rows
 
 
 def compared(claim, cells: Sequence[Mapping]) -> dict:
-    """verdict: held, a tie, the opposite, or failed where a side has no number; gains: for each seed, positive where the
-    claim holds."""
+    """verdict: held, a tie, the opposite, mixed where the seeds do not agree on the sign, or failed where a side has no
+    number; a claim of no loss holds for a tie, too. gains: for each seed, positive where the claim holds."""
     sides = [{cell["seed"]: cell for cell in cells if cell["recipe"] == recipe} for recipe in (claim.ahead, claim.behind)]
     kind = next(cell["score_is"] for side in sides for cell in side.values())
     if any(cell["score"] is None for side in sides for cell in side.values()):
@@ -31,6 +32,10 @@ def compared(claim, cells: Sequence[Mapping]) -> dict:
     seeds = sides[0].keys() & sides[1].keys()
     gains = [sign * (sides[0][seed]["score"] - sides[1][seed]["score"]) for seed in sorted(seeds)]
     verdict = "held" if gain >= TIES[kind] else "the opposite" if gain <= -TIES[kind] else "a tie"
+    if verdict != "a tie" and any(one * gain <= 0 for one in gains):
+        verdict = "mixed"
+    if verdict == "a tie" and claim.of_no_loss:
+        verdict = "held"
     return {"verdict": verdict, "gain": gain, "gains": gains}
 
 
