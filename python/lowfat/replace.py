@@ -120,4 +120,5 @@ def _built(name: str, module: nn.Module, spec: dict, device: torch.device | str)
         return STRUCTURES[spec["structure"]](in_features=k, out_features=n, bias=module.bias is not None, device=device,
                                              dtype=module.weight.dtype, **arguments)
     except (LowfatError, TypeError) as error:  # TypeError: an argument that the constructor lacks
-        raise (type(error) if isinstance(error, LowfatError) else ArgumentError)(f"{name}: {error}") from error
+        kind = type(error) if isinstance(error, LowfatError) else ArgumentError
+        raise kind(f"{name}: {str(error).replace('.__init__()', ' is')}") from error

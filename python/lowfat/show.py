@@ -166,9 +166,9 @@ def show_staged(report, folder: Path) -> None:
 
 
 def show_straight_through(report, folder: Path) -> None:
-    first, last = report.refactorized[0], report.refactorized[-1]
-    out.print(f"factors made anew {counted(len(report.refactorized), 'time')}: {percent(first['error'])} from the dense "
-              f"weights at step {first['step']}, {percent(last['error'])} at step {last['step']}", soft_wrap=True)
+    shown = report.refactorized[::max(1, len(report.refactorized) - 1)]  # the first and the last
+    out.print(f"factors made anew {counted(len(report.refactorized), 'time')}; relative error to the dense weights: "
+              + ", ".join(f"{percent(one['error'])} at step {one['step']}" for one in shown), soft_wrap=True)
     _show_kept(report.factorized)
     show_training(report, folder)
 
@@ -258,10 +258,11 @@ def show_comparison(found: dict, folder: Path) -> None:
 def show_reproduced(found: dict, folder: Path) -> None:
     from .reproduce.page import COLUMNS, sentences, texts
 
-    about, shown = found["about"], ("task", "recipe", "kept", "steps", "mean", "each")
+    about, shown = found["about"], {"task": "task", "name": "recipe"} | {
+        name: COLUMNS[name] for name in ("kept", "steps", "mean", "each")}
     quick = "quick run: " if about["quick"] else ""
     out.print(f"{quick}{about['reference']}")
-    print_table(tuple(COLUMNS[name] for name in shown),
+    print_table(tuple(shown.values()),
                 [tuple(row[name] for name in shown) for row in texts(found["cells"], about["quick"])], title="")
     for line in sentences(found):
         out.print(line, soft_wrap=True)

@@ -29,7 +29,7 @@ def difference(value: float, kind: str) -> str:
 
 def texts(cells: list[Mapping], quick: bool = False) -> list[dict[str, str]]:
     """The rows of the table as they are shown."""
-    return [{"task": row["task"], "recipe": f"`{row['recipe']}`: {what(row['recipe'])}",
+    return [{"task": row["task"], "name": row["recipe"], "recipe": f"`{row['recipe']}`: {what(row['recipe'])}",
              "kept": "" if row["kept"] is None else f"{row['kept']:.1%}",
              "steps": f"{row['steps']}{' (quick run)' if quick else ''}",
              "seeds": f"{row['seeds']}" + (f", {row['failed']} diverged" if row["failed"] else ""), "mean": score(row["mean"], row["score_is"]),
