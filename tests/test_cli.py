@@ -265,7 +265,7 @@ def test_the_whole_route(work, dense, texts):
                      learned)
     assert "5 steps on cpu" in learned and "accuracy" in learned and "parameters kept in these layers (4" in learned
     pruned = lowfat("lpaf", dense, "pruned", "--train", texts, "--validation", texts, "--steps", "6", "--keep", "0.25",
-                    "--weighting", "mask", "--magnitude", "--batch-size", "4").stdout
+                    "--weighting", "mask", "--criterion", "magnitude", "--batch-size", "4").stdout
     assert "pruned to 25.0 % of the weights by step 3" in pruned
     assert "6 steps on cpu" in pruned and "accuracy" in pruned and "parameters kept in these layers (4" in pruned
     assert json.loads(lowfat("evaluate", "by-stages", "--data", texts, "--json").stdout)["rows"] == 24

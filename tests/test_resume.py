@@ -326,7 +326,7 @@ CHANGES = {
                    "options.train_dense": {"train_dense": False}, "options.calibration": {"calibration_rows": 7}},
     "theseus": {"options.p_init": {"replaced": 0.5}, "options.until": {"until": 0.5}, "data": {"rows": rows(9)}},
     "lpaf": {"options.keep": {"keep": 0.4}, "options.weighting": {"weighting": "mask"}, "options.scope": {"scope": "global"},
-             "options.pruning_steps": {"prune_share": 0.4}, "options.first_order": {"first_order": False},
+             "options.pruning_steps": {"prune_share": 0.4}, "options.criterion": {"criterion": "magnitude"},
              "options.score_rate": {"score_rate": 0.1}, "options.warmup": {"warmup": 0.2},
              "options.cool_down": {"cool_down": 0.2}, "options.p_init": {"p_init": 0.6}, "options.steps": {"steps": 12},
              "options.arguments.exact": {"arguments": {"exact": True}}, "data": {"rows": rows(9)}},

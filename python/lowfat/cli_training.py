@@ -14,7 +14,7 @@ from .methods import named
 from .options import BatchSize, Device, Json, MaxLength, Model, Out, Overwrite, Seed, Task, device_of, model_folder
 from .plan import POLICIES
 from .recovery.distillation import spelled
-from .recovery.lpaf import COOL_DOWN, PRUNE_SHARE, SCORE_RATE, WARMUP
+from .recovery.lpaf import COOL_DOWN, CRITERION, PRUNE_SHARE, SCORE_RATE, WARMUP
 from .recovery.mixed_rank import CONSISTENCY, P_INIT, UNTIL
 from .recovery.staged import FINAL_SHARE
 from .recovery.straight_through import EVERY, FADE, FREEZE, PULL, SHADOW_RATE
@@ -136,7 +136,7 @@ def lpaf(
     method: Annotated[str, typer.Option(hidden=True)] = "sparsity_aware",
     arguments: Annotated[Optional[list[str]], typer.Option("--set", hidden=True)] = None,
     policy: Annotated[str, typer.Option(hidden=True)] = "per_matrix",
-    first_order: Annotated[bool, typer.Option("--first-order/--magnitude", hidden=True)] = True,
+    criterion: Annotated[str, typer.Option(hidden=True)] = CRITERION,
     scope: Annotated[str, typer.Option(hidden=True)] = "matrix",
     score_rate: Annotated[float, typer.Option(hidden=True)] = SCORE_RATE,
     warmup: Annotated[float, typer.Option(hidden=True)] = WARMUP,
@@ -149,7 +149,7 @@ def lpaf(
     max_length: HiddenLength = None, seed: HiddenSeed = 0, save_every: HiddenEvery = 100,
 ) -> None:
     """Prunes MODEL while it trains, factorizes it and trains that (LPAF), into OUT. If killed, repeat it. Also: --weighting
-    mask, --magnitude, --p-init, --until, --consistency, --train-dense, --scope, --score-rate, --warmup, --cool-down,
+    mask, --criterion magnitude, --p-init, --until, --consistency, --train-dense, --scope, --score-rate, --warmup, --cool-down,
     --method, --set, --policy, --layers, --distill, --task, --validation, --max-length, --seed, --save-every.
 
     \b
@@ -160,7 +160,7 @@ def lpaf(
 
     report = _run(strategy, model, out_folder, train=train, validation=validation, teacher=teacher, distill=distill,
                   task=task, device=device, method=method, ratio=ratio, policy=policy, arguments=named("--set", arguments or []),
-                  layers=layers or None, steps=steps, prune_share=prune_share, keep=keep, first_order=first_order,
+                  layers=layers or None, steps=steps, prune_share=prune_share, keep=keep, criterion=criterion,
                   scope=scope, score_rate=score_rate, warmup=warmup, cool_down=cool_down, weighting=weighting,
                   p_init=p_init, until=until, consistency=consistency, train_dense=train_dense,
                   learning_rate=learning_rate, batch_size=batch_size, max_length=max_length, seed=seed,

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import linear
 
 from lowfat.errors import ArgumentError
-from lowfat.recovery.movement import NAME, Movement, cubic
+from lowfat.recovery.movement import CRITERIA, NAME, Movement, cubic
 
 PATTERNS = {"element": (1, 1), "block:2": (2, 2), "block:4": (4, 4), "row": (1, 7), "column": (10, 1)}  # blocks of [10, 7]
 
@@ -50,12 +50,12 @@ def test_the_gradient_of_a_score_is_that_of_the_masked_weights_times_the_weights
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("keep", [0.01, 0.1, 0.35, 0.5, 0.99, 1.0])
-@pytest.mark.parametrize("first_order", [True, False])
-def test_the_largest_stay_and_exactly_as_many_as_asked_for(pattern, keep, first_order):
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_largest_stay_and_exactly_as_many_as_asked_for(pattern, keep, criterion):
     layers = {"a": a_layer(), "b": a_layer()}
-    movement = Movement(layers, pattern=pattern, first_order=first_order)
+    movement = Movement(layers, pattern=pattern, criterion=criterion)
     for layer in layers.values():
-        if first_order:
+        if criterion != "magnitude":
             with torch.no_grad():
                 layer.score.copy_(torch.randn(layer.score.shape))
     movement.keep = keep
@@ -87,7 +87,7 @@ def test_all_matrices_together_may_keep_different_shares():
 
 def test_magnitude_keeps_the_largest_weights_as_they_are_by_then():
     layer = a_layer()
-    movement = Movement({"layer": layer}, first_order=False)
+    movement = Movement({"layer": layer}, criterion="magnitude")
     assert not hasattr(layer, NAME)
     with torch.no_grad():
         layer.weight[3] = 100
@@ -129,6 +129,25 @@ def test_the_schedule_is_cubic():
     assert cubic(3, 3, 3, 0.2) == 0.2  # at once
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sensitivity_is_the_average_of_what_the_loss_would_change_by(pattern):
+    """Of masked weights too; the first steps' mean, then nine parts of ten of what was."""
+    layer = a_layer()
+    movement, expected = Movement({"layer": layer}, pattern=pattern, criterion="sensitivity"), None
+    movement.keep = 0.5
+    assert NAME not in dict(layer.named_parameters()) and NAME in layer.state_dict()
+    for step in range(15):
+        x, dy = (torch.randn(7, size, dtype=layer.weight.dtype) for size in (layer.in_features, layer.out_features))
+        layer(x).backward(dy)
+        found = of_blocks((dy.T @ x * layer.weight.detach()).abs(), PATTERNS[pattern])
+        share = max(0.1, 1 / (step + 1))
+        expected = found if expected is None else (1 - share) * expected + share * found
+        movement.collect(step)
+        torch.testing.assert_close(movement.scores()["layer"], expected)
+    movement.remove()
+    assert NAME not in layer.state_dict()
+
+
 def test_first_order_learns_the_weights_that_the_task_needs():
     """Two inputs matter, by small weights that grow; the others by large weights that training takes back."""
     torch.manual_seed(0)
@@ -148,7 +167,7 @@ def test_first_order_learns_the_weights_that_the_task_needs():
         optimizer.step()
     movement.keep = 0.25
     assert movement.masks()["layer"][:, :2].all()
-    other = Movement({"layer": zero_order}, first_order=False)
+    other = Movement({"layer": zero_order}, criterion="magnitude")
     other.keep = 0.25
     assert not other.masks()["layer"][:, :2].any()
 

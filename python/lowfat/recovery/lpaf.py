@@ -22,7 +22,7 @@ from .mixed_rank import CONSISTENCY, P_INIT, UNTIL, MixedObjective, Mixing, fact
 from .training import Phase, TrainReport, check_numbers, in_order, prepared, ready, run_into, train_phase
 
 PRUNE_SHARE, SCORE_RATE, WARMUP, COOL_DOWN = 0.5, 1e-2, 0.1, 0.3  # of lpaf(), which says what they are
-WEIGHTINGS = ("scores", "mask", "none")
+WEIGHTINGS, CRITERION = ("scores", "mask", "none"), "sensitivity"
 _FLOOR = 1e-3  # of the mean, added to every weight of an element
 
 
@@ -42,17 +42,17 @@ class Pruned:
     keep: float
     steps: int
     weighting: str = "scores"
-    first_order: bool = True
+    criterion: str = CRITERION
     scope: str = "matrix"
     score_rate: float = SCORE_RATE
     warmup: float = WARMUP  # shares of these steps
     cool_down: float = COOL_DOWN
 
     def __post_init__(self):
-        from .movement import SCOPES, check_keep
+        from .movement import CRITERIA, SCOPES, check_keep
 
         check_keep(self.keep)
-        for name, allowed in (("weighting", WEIGHTINGS), ("scope", SCOPES)):
+        for name, allowed in (("weighting", WEIGHTINGS), ("criterion", CRITERIA), ("scope", SCOPES)):
             if getattr(self, name) not in allowed:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}; needs one of {', '.join(allowed)}")
         if not 0 < self.score_rate < math.inf:
@@ -67,7 +67,7 @@ class Pruned:
 def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None, method: str = "sparsity_aware",
          ratio: float = 0.5, policy: str = "per_matrix", arguments: Mapping | None = None,
          layers: Sequence[str] | None = None, steps: int, prune_share: float = PRUNE_SHARE, keep: float | None = None,
-         first_order: bool = True, scope: str = "matrix", score_rate: float = SCORE_RATE, warmup: float = WARMUP,
+         criterion: str = CRITERION, scope: str = "matrix", score_rate: float = SCORE_RATE, warmup: float = WARMUP,
          cool_down: float = COOL_DOWN, weighting: str = "scores", p_init: float = P_INIT, until: float = UNTIL,
          consistency: float = CONSISTENCY, train_dense: bool = False, learning_rate: float = 1e-4, batch_size: int = 32,
          max_length: int | None = None, calibration_rows: int = 1024, teacher=None, teacher_tokenizer=None,
@@ -78,8 +78,9 @@ def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None,
     there. steps is all of it, to be compared with as many of finetune().
 
     1. For prune_share of the steps only the best `keep` of the weights compute, by default as many as ratio; the share falls
-    to that between the first warmup and the last cool_down of these steps. first_order: best by movement scores, which
-    learn at score_rate; else by magnitude. scope: in each matrix, or global. prune_share 0 or keep 1 skips this step.
+    to that between the first warmup and the last cool_down of these steps. criterion: best by sensitivity, by
+    movement scores, which learn at score_rate, or by magnitude (see recovery/movement.py); the paper's first order is either
+    of the first two. scope: in each matrix, or global. prune_share 0 or keep 1 skips this step.
     2. method with ratio, policy and arguments; of sparsity_aware, weighting says with which weights: the scores above 0 of
     what is kept (of magnitude its own), the mask, or none. Another method reads calibration_rows of the rows as ever.
     3. The other steps are mixed_rank() with p_init, until (share of these steps), consistency and train_dense; the dense
@@ -92,7 +93,7 @@ def lpaf(model, train: Sequence[Mapping], *, tokenizer, task: str | None = None,
     mixing = Mixing(p_init, until, consistency, train_dense)
     mixing.check(model)
     making = Making(model, method=method, ratio=ratio, policy=policy, arguments=arguments, layers=layers)
-    pruned = Pruned(ratio if keep is None else keep, pruning_steps(steps, prune_share, keep), weighting, first_order, scope,
+    pruned = Pruned(ratio if keep is None else keep, pruning_steps(steps, prune_share, keep), weighting, criterion, scope,
                     score_rate, warmup, cool_down)
     objective, data = prepared(model, train, tokenizer=tokenizer, task=task, teacher=teacher,
                                teacher_tokenizer=teacher_tokenizer, validation=validation, max_length=max_length,
@@ -151,7 +152,7 @@ def _prune(objective: MixedObjective, order: list[dict], tokenizer, phase: Phase
     pruned and trained, and hold zeros in the end."""
     from .movement import NAME, Movement, Pruning
 
-    movement = Movement(factorizable(objective.student, layers), scope=pruned.scope, first_order=pruned.first_order)
+    movement = Movement(factorizable(objective.student, layers), scope=pruned.scope, criterion=pruned.criterion)
     pruning = Pruning(movement, start=round(pruned.warmup * phase.steps),
                       end=phase.steps - round(pruned.cool_down * phase.steps), final=pruned.keep)
     try:

@@ -1,8 +1,9 @@
 """Pruning while training: scores say which weights stay, the largest of them do, and the share that stays falls as a cubic.
 
-First order (movement pruning, Sanh et al. 2005.07683): S takes part in y = x (W * M)^T only through its mask M = TopK(S),
-and learns straight through it, dS = (dL/d(W * M)) * W, so it grows with -g w: what moves away from zero stays. Zero order:
-S = |W|.
+movement (Sanh et al. 2005.07683): S takes part in y = x (W * M)^T only through its mask M = TopK(S), and learns straight
+through it, dS = g * W with g = dL/d(W * M), so it grows with -g w: what moves away from zero stays. sensitivity (Molchanov et
+al. 2019, 1906.10771): S is the moving average of |g * W|, what the loss would change by to first order; from the first step
+on it knows something, where movement's sums are of noise for some hundred steps. magnitude, of zero order: S = |W|.
 Imported inside functions only, because it brings transformers."""
 from collections.abc import Mapping
 from functools import partial
@@ -17,52 +18,62 @@ from ..layers import dense_weight, is_conv1d, sizes
 
 NAME = "score"  # of the parameter that a layer has while it is pruned
 PATTERNS, SCOPES = ("element", "block:SIZE", "row", "column"), ("matrix", "global")
+CRITERIA = ("movement", "sensitivity", "magnitude")
+_MEMORY = 0.9  # share of the moving average that a step leaves
 
 
 class _Masked(torch.autograd.Function):
     """W * M. Backward: dW = g * M, and for the scores of blocks of weights the sums of g * W over them.
 
-    weight [n, k]   score, kept: one of each block   block (rows, columns)"""
+    weight [n, k]   score, kept: one of each block   block (rows, columns)   seen: gets the sums of |g * W|, or None"""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, score: Tensor | None, kept: Tensor, block: tuple[int, int]) -> Tensor:
+    def forward(ctx, weight: Tensor, score: Tensor | None, kept: Tensor, block: tuple[int, int], seen: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, kept)
-        ctx.block = block
+        ctx.block, ctx.seen = block, seen
         return weight * expanded(kept, block, weight.shape)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         weight, kept = ctx.saved_tensors
         dw = g * expanded(kept, ctx.block, weight.shape) if ctx.needs_input_grad[0] else None
-        return dw, summed(g * weight, ctx.block) if ctx.needs_input_grad[1] else None, None, None
+        if ctx.seen is not None:
+            ctx.seen.add_(summed((g * weight).abs(), ctx.block))
+        return dw, summed(g * weight, ctx.block) if ctx.needs_input_grad[1] else None, None, None, None
 
 
 class Movement:
     """The masks of some layers of a model, each nn.Linear or Conv1D, which compute with W * M until remove().
 
     pattern: what has one score and stays or goes as a whole: an element, block:32 (32 x 32 weights, fewer at the edges), a
-    row (an output) or a column (an input). scope: whether the share `keep` of them is taken in each matrix, at least one, or of
-    all together. first_order False: the scores are the root mean squares of the weights, and nothing more is learned.
+    row (an output) or a column (an input). scope: whether the share `keep` of them is taken in each matrix, at least one, or
+    of all together. criterion: what a score is; of magnitude the root mean square of a block's weights.
 
-    Scores [blocks down, blocks across] are parameters named `score`, 0 at the start; masks follow from them whenever `keep`
-    is set, so that a training state needs no masks. ArgumentError for a pattern, scope or keep that there is not."""
+    Scores [blocks down, blocks across], 0 at the start, are parameters named `score`, of sensitivity buffers, which no
+    optimizer moves; masks follow from them whenever `keep` is set, so that a training state needs no masks. ArgumentError for
+    a pattern, scope, criterion or keep that there is not."""
 
     def __init__(self, layers: Mapping[str, nn.Module], *, pattern: str = "element", scope: str = "matrix",
-                 first_order: bool = True):
+                 criterion: str = "movement"):
         size = _block_of(pattern)
+        if criterion not in CRITERIA:
+            raise ArgumentError(f"criterion is {criterion!r}; needs one of {', '.join(CRITERIA)}")
         if scope not in SCOPES:
             raise ArgumentError(f"scope is {scope!r}; needs one of {', '.join(SCOPES)}")
         if not layers:
             raise ArgumentError("layers: nothing to prune")
-        self.layers, self.pattern, self.scope, self.first_order = dict(layers), pattern, scope, first_order
-        self.blocks, self._kept = {}, {}
+        self.layers, self.pattern, self.scope, self.criterion = dict(layers), pattern, scope, criterion
+        self.blocks, self._kept, self._seen = {}, {}, {}
         for name, layer in self.layers.items():
             k, n = sizes(layer)
             down, across = self.blocks[name] = {"row": (1, k), "column": (n, 1)}.get(pattern, (min(size, n), min(size, k)))
             weight = layer.weight
-            if first_order:
-                score = torch.zeros(-(-n // down), -(-k // across), device=weight.device, dtype=weight.dtype)
+            score = torch.zeros(-(-n // down), -(-k // across), device=weight.device, dtype=weight.dtype)
+            if criterion == "movement":
                 layer.register_parameter(NAME, nn.Parameter(score))
+            elif criterion == "sensitivity":
+                layer.register_buffer(NAME, score)
+                self._seen[name] = torch.zeros_like(score)
             layer.forward = partial(self._forward, name)
         self.keep = 1.0
 
@@ -85,9 +96,16 @@ class Movement:
 
     def scores(self) -> dict[str, Tensor]:
         """Of every layer, one of each block."""
-        if self.first_order:
+        if self.criterion != "magnitude":
             return {name: layer.score.detach() for name, layer in self.layers.items()}
         return {name: _root_mean_squares(dense_weight(layer), self.blocks[name]) for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def collect(self, step: int) -> None:
+        """Moves the averages on by what the backward passes of a step, the first is 0, have left: their mean at first."""
+        for name, seen in self._seen.items():
+            self.layers[name].score.lerp_(seen, max(1 - _MEMORY, 1 / (step + 1)))
+            seen.zero_()
 
     def masks(self) -> dict[str, Tensor]:
         """Of every layer, True where its weight stays.   [n, k]"""
@@ -105,11 +123,13 @@ class Movement:
         for layer in self.layers.values():
             layer.__dict__.pop("forward", None)
             layer._parameters.pop(NAME, None)
+            layer._buffers.pop(NAME, None)
 
     def _forward(self, name: str, x: Tensor) -> Tensor:
         layer = self.layers[name]
         weight = layer.weight.mT if is_conv1d(layer) else layer.weight
-        masked = _Masked.apply(weight, getattr(layer, NAME, None), self._kept[name], self.blocks[name])
+        score = layer._parameters.get(NAME)
+        masked = _Masked.apply(weight, score, self._kept[name], self.blocks[name], self._seen.get(name))
         return linear(x, masked, layer.bias)
 
 
@@ -123,6 +143,7 @@ class Pruning(TrainerCallback):
         self.movement.keep = self.schedule(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.movement.collect(state.global_step - 1)
         if state.global_step % args.logging_steps == 0:
             state.log_history.append({"step": state.global_step, "kept": self.movement.keep})
 

@@ -48,7 +48,7 @@ PAPERS = {
         Claim("distillation beats the labels alone", "logits", "svd", "no such row in the paper"),
         Claim("learned ranks beat uniform ones", "learned_ranks", "svd", "FLOP and SVD_Ft, MNLI: 79.9 each")),
         {"sections": 0.25, "pairs": 0.5},
-        beside=("tinybert", "pkd", "ckd", "distilbert", "meta_distill", "theseus", "mixed_rank", "isp", "block_movement",
+        beside=("lpaf_movement", "tinybert", "pkd", "ckd", "distilbert", "meta_distill", "theseus", "mixed_rank", "isp", "block_movement",
                 "fwsvd", "kfac", "whitened", "staged"), one_seed=("pairs",)),
     "dsformer": Paper("DSFormer, 2312.13211", (
         Claim("learned dense x sparse factors are ahead of fine-tuned low rank", "dsformer_learned", "svd",
