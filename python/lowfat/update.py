@@ -72,8 +72,9 @@ def update(model: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Te
 
     Layers are taken one input after the other, with one pass of both models over the batches up to there for each: the later
     ones see what the earlier ones have become. on_progress(layers done, in all, name). Raises before any layer changes:
-    ArgumentError for options or a dense model that do not fit, ShapeError for other sizes there; UnsupportedError when the
-    two models read different tokens, NumericsError for inputs that are not finite."""
+    ArgumentError for options or a dense model that do not fit, ShapeError for other sizes there. On the way, with the layers
+    before already fitted: UnsupportedError when the two models read different tokens, NumericsError for inputs that are not
+    finite."""
     _check_options(model, dense, solve, dense_share, ridge)
     found = low_rank_layers(model, (LowRank, LowRankPivoted), layers)
     origins = {name: origin_of(dense, name, layer) for name, layer in found.items()}

@@ -73,14 +73,14 @@ def test_the_budget_is_met_as_stored(tmp_path, ratio):
 
 
 def test_ranks_differ_where_the_layers_do():
-    """A layer of rank 2 by itself needs two components, and the budget goes to the others."""
+    """A layer of rank 2 keeps fewer components than its like in the next block, which the budget goes to."""
     model = classifier()
     layer = model.bert.encoder.layer[0].output.dense
     with torch.no_grad():
         layer.weight.copy_(torch.randn(32, 2) @ torch.randn(2, 48))
     report = run(model, steps=100, gate_rate=0.2, learning_rate=1e-3, ratio=0.4, final_share=0.1)
     ranks = {layer.name: layer.rank for layer in report.factorized.layers}
-    assert len(set(ranks.values())) > 1
+    assert ranks["bert.encoder.layer.0.output.dense"] < ranks["bert.encoder.layer.1.output.dense"]
     assert abs(report.shares[-1]["share"] - report.shares[-1]["target"]) < 0.15
 
 
