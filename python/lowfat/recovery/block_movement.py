@@ -107,6 +107,10 @@ class _Together:
         for movement in self.movements:
             movement.keep = share
 
+    def collect(self, step: int) -> None:
+        for movement in self.movements:
+            movement.collect(step)
+
 
 def _staying(units: Mapping[str, Units], masks: Mapping[str, Tensor], scores: Mapping[str, Tensor],
              ratio: float) -> dict[str, list[int]]:
